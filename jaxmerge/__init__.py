@@ -1,0 +1,67 @@
+"""jaxmerge: merge LoRA adapters exactly, in the low-rank space.
+
+Names are imported when they are first used, so that the command line can answer without JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmerge.base import Adapter, Energy, LoRA, Metadata, delta, energy_kept
+    from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
+    from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
+    from jaxmerge.io import from_torch, load, peek, peft_config, save, to_torch
+    from jaxmerge.merging import lower, merge
+    from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
+    from jaxmerge.methods.sign_consensus import dare_ties, ties
+    from jaxmerge.sparsify import prune
+
+_HOMES = {
+    "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
+    "jaxmerge.catalog": ("COMBINATION_TYPES", "METHODS", "SPACES"),
+    "jaxmerge.consensus": ("calculate_majority_sign_mask", "disjoint_merge"),
+    "jaxmerge.io": ("from_torch", "load", "peek", "peft_config", "save", "to_torch"),
+    "jaxmerge.merging": ("lower", "merge"),
+    "jaxmerge.methods.arithmetic": ("dare_linear", "magnitude_prune", "task_arithmetic"),
+    "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
+    "jaxmerge.sparsify": ("prune",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "COMBINATION_TYPES",
+    "METHODS",
+    "SPACES",
+    "Adapter",
+    "Energy",
+    "LoRA",
+    "Metadata",
+    "calculate_majority_sign_mask",
+    "dare_linear",
+    "dare_ties",
+    "delta",
+    "disjoint_merge",
+    "energy_kept",
+    "from_torch",
+    "load",
+    "lower",
+    "magnitude_prune",
+    "merge",
+    "peek",
+    "peft_config",
+    "prune",
+    "save",
+    "task_arithmetic",
+    "ties",
+    "to_torch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,147 @@
+"""The words everything else is written in: LoRA factors, adapters, and what was lost in a merge.
+
+Legend of shapes, used in every docstring:
+
+* ``n``: tasks, that is adapters being merged; ``L``: modules stacked in one bucket.
+* ``in``, ``out``: features of the adapted layer; ``r``: rank of one adapter; ``R``: sum of the ranks.
+* ``[p, q]``: one task matrix in whatever space a method works in.
+* ``*batch``: leading axes of a module that holds several layers or experts.
+"""
+
+import functools
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("a", "b", "scale", "bias"), meta_fields=()
+)
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """The low-rank factors of one module; the change they make to its weight is ``scale * b @ a``.
+
+    Attributes:
+        a: ``[*batch, r, in]``.
+        b: ``[*batch, out, r]``.
+        scale: Scalar; in PEFT's terms ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        bias: ``[*batch, out]`` or None; added to the module's output times ``scale`` (PEFT's ``lora_bias``).
+    """
+
+    a: Array
+    b: Array
+    scale: Array | float = 1.0
+    bias: Array | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension ``r`` of the factors."""
+        return self.a.shape[-2]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """``(out, in)``, the shape of the weight change."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axes; empty for a plain layer."""
+        return self.a.shape[:-2]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("total", "lost"), meta_fields=())
+@dataclass(frozen=True, eq=False)
+class Energy:
+    """What a truncation cost, in squared Frobenius norms of the weight change.
+
+    Attributes:
+        total: Scalar; of the merge before truncation.
+        lost: Scalar; of what the truncation removed. 0 where the merge is exact.
+    """
+
+    total: Array | float
+    lost: Array | float
+
+    @property
+    def kept(self) -> Array:
+        """The fraction kept, in [0, 1]; 1 for a merge that is zero everywhere."""
+        total = jnp.asarray(self.total, float)
+        return jnp.where(total > 0, 1 - self.lost / jnp.where(total > 0, total, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an adapter carries besides arrays. Hashable, so that adapters can be arguments of a jit.
+
+    Attributes:
+        format: The file format the adapter came in and goes back to, for example ``"peft"``.
+        name: How messages speak of it; for a file, its path.
+        base_model: The base model as the adapter's own configuration names it.
+        rank: The nominal rank its configuration declares, which modules may undercut or exceed.
+        layouts: Module path and how its factors lie in the format, for modules that need telling.
+        config: The format's own configuration, as JSON.
+        provenance: Where the adapter came from, as JSON: a file and its hash, or the merge that made it.
+        own_base: Why its factors belong to a base model of their own (PiSSA and its kin), or empty.
+    """
+
+    format: str = "peft"
+    name: str = ""
+    base_model: str | None = None
+    rank: int | None = None
+    layouts: tuple[tuple[str, Hashable], ...] = ()
+    config: str = "{}"
+    provenance: str = "{}"
+    own_base: str = ""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("modules", "extras", "energy"), meta_fields=("metadata",)
+)
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: a pytree of factors with static metadata.
+
+    Attributes:
+        modules: Module path, dotted, without the format's wrappers -> its factors.
+        extras: Tensors that are not a pair of factors (saved heads, embeddings, biases, trained tokens),
+            under the key their format gives them.
+        energy: Of a merged adapter, module path -> what truncation lost there. Empty for a loaded one.
+        metadata: Everything that is not an array.
+    """
+
+    modules: Mapping[str, LoRA]
+    extras: Mapping[str, Array] = field(default_factory=dict)
+    energy: Mapping[str, Energy] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=Metadata)
+
+
+def delta(lora: LoRA) -> Array:
+    """The dense weight change ``scale * b @ a`` of one module.
+
+    Args:
+        lora: Factors ``[*batch, r, in]`` and ``[*batch, out, r]``.
+
+    Returns:
+        ``[*batch, out, in]``, float32 or wider.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(lora.a.dtype, lora.b.dtype), jnp.float32)
+    a, b = jnp.asarray(lora.a, dtype), jnp.asarray(lora.b, dtype)
+    return jnp.asarray(lora.scale, dtype) * jnp.matmul(b, a, precision="highest")
+
+
+def energy_kept(adapter: Adapter) -> Array:
+    """The fraction of a merge's squared Frobenius norm that its factors hold, over all modules.
+
+    Args:
+        adapter: A merged adapter.
+
+    Returns:
+        Scalar in [0, 1]; 1 where nothing was truncated.
+    """
+    total = sum((jnp.asarray(energy.total, float) for energy in adapter.energy.values()), jnp.zeros(()))
+    lost = sum((jnp.asarray(energy.lost, float) for energy in adapter.energy.values()), jnp.zeros(()))
+    return Energy(total, lost).kept

@@ -1,0 +1,179 @@
+"""The tables of methods, spaces and PEFT's combination types.
+
+Only literals, and no import of JAX: the command line answers ``--help`` from here. The law tests run every
+row, and compare the hyperparameters with the signature of the function that the row names.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def _imported(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """An argument of a method that its users set.
+
+    Attributes:
+        name: As in the function's signature.
+        help: One line.
+        kind: ``"density"`` is a number in (0, 1], bound to each task matrix's size; ``"choice"`` one of
+            ``choices``, static under jit.
+        default: None where it must be given.
+        choices: For ``"choice"``.
+    """
+
+    name: str
+    help: str
+    kind: Literal["density", "choice"]
+    default: Any = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of `METHODS`.
+
+    Attributes:
+        summary: One line.
+        paper: Where it comes from.
+        function: ``module:name`` of a pure function ``(tasks [n, p, q], weights [n], *, ...) -> [p, q]``.
+        space: The default space.
+        averages: Whether it averages by itself: equal weights are then 1 each, otherwise 1/n.
+        linear: Whether it is ``Σ wᵢ tᵢ``; at full rank in the space ``full`` the factors are then just stacked.
+        equivariant: Whether it commutes with rotations of both sides of the tasks. In the space ``full`` it
+            is then computed on the R×R core, exactly.
+        random: Whether it takes a key.
+        hyperparameters: In the order of the signature.
+    """
+
+    summary: str
+    paper: str
+    function: str
+    space: str = "full"
+    averages: bool = False
+    linear: bool = False
+    equivariant: bool = False
+    random: bool = False
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the function."""
+        return _imported(self.function)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A row of `SPACES`.
+
+    Attributes:
+        summary: One line.
+        exact: What is exact in it and what is not, in one line.
+        attribute: ``module:name`` of the `jaxmerge.spaces.Space`.
+        rotated: The same space for methods that commute with rotations, where it has such a form.
+    """
+
+    summary: str
+    exact: str
+    attribute: str
+    rotated: str = ""
+
+    def load(self, method: Method) -> Any:
+        """Imports the form of the space that the method works in."""
+        return _imported(self.rotated if self.rotated and method.equivariant else self.attribute)
+
+
+@dataclass(frozen=True)
+class CombinationType:
+    """One of PEFT's ``combination_type``s as a cell of the grid.
+
+    Attributes:
+        method: A name in `METHODS`.
+        space: A name in `SPACES`.
+        rank: ``"sum"`` or ``"max"`` of the adapters' ranks, or ``"equal"``: they must all have one.
+    """
+
+    method: str
+    space: str
+    rank: Literal["sum", "max", "equal"]
+
+
+_DENSITY = Hyperparameter("density", "fraction of each task's entries to keep, in (0, 1]", "density")
+_MAJORITY = Hyperparameter(
+    "majority_sign_method",
+    "elect the sign of the sum (total) or the one that more tasks have (frequency)",
+    "choice",
+    default="total",
+    choices=("total", "frequency"),
+)
+
+METHODS: Mapping[str, Method] = {
+    "linear": Method(
+        summary="weighted sum of the deltas, exact",
+        paper="Task arithmetic, arXiv:2212.04089",
+        function="jaxmerge.methods.arithmetic:task_arithmetic",
+        linear=True,
+        equivariant=True,
+    ),
+    "ties": Method(
+        summary="trim small entries, elect a sign per entry, average those that carry it",
+        paper="TIES-Merging, arXiv:2306.01708",
+        function="jaxmerge.methods.sign_consensus:ties",
+        averages=True,
+        hyperparameters=(_DENSITY, _MAJORITY),
+    ),
+    "dare_linear": Method(
+        summary="drop entries at random, rescale the rest, weighted sum",
+        paper="DARE, arXiv:2311.03099",
+        function="jaxmerge.methods.arithmetic:dare_linear",
+        random=True,
+        hyperparameters=(_DENSITY,),
+    ),
+    "dare_ties": Method(
+        summary="drop entries at random, rescale the rest, average those that carry the elected sign",
+        paper="DARE, arXiv:2311.03099",
+        function="jaxmerge.methods.sign_consensus:dare_ties",
+        averages=True,
+        random=True,
+        hyperparameters=(_DENSITY, _MAJORITY),
+    ),
+    "magnitude_prune": Method(
+        summary="keep each task's largest entries, weighted sum",
+        paper="PEFT, peft.utils.merge_utils",
+        function="jaxmerge.methods.arithmetic:magnitude_prune",
+        hyperparameters=(_DENSITY,),
+    ),
+}
+
+SPACES: Mapping[str, Space] = {
+    "full": Space(
+        summary="the weight change scale·B·A itself, as the papers have it",
+        exact="linear is exact and never forms it; other methods form it and are cut to --rank by SVD",
+        attribute="jaxmerge.spaces:FULL",
+        rotated="jaxmerge.spaces:FULL_ROTATED",
+    ),
+    "factors": Space(
+        summary="A and B each on their own, as PEFT's plain combination types have it",
+        exact="an approximation for more than one adapter: products Bᵢ·Aⱼ of different adapters come in",
+        attribute="jaxmerge.spaces:FACTORS",
+    ),
+}
+
+COMBINATION_TYPES: Mapping[str, CombinationType] = {
+    "cat": CombinationType("linear", "full", "sum"),
+    "svd": CombinationType("linear", "full", "max"),
+    "linear": CombinationType("linear", "factors", "equal"),
+    "ties": CombinationType("ties", "factors", "equal"),
+    "ties_svd": CombinationType("ties", "full", "max"),
+    "dare_linear": CombinationType("dare_linear", "factors", "equal"),
+    "dare_linear_svd": CombinationType("dare_linear", "full", "max"),
+    "dare_ties": CombinationType("dare_ties", "factors", "equal"),
+    "dare_ties_svd": CombinationType("dare_ties", "full", "max"),
+    "magnitude_prune": CombinationType("magnitude_prune", "factors", "equal"),
+    "magnitude_prune_svd": CombinationType("magnitude_prune", "full", "max"),
+}

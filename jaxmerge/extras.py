@@ -1,0 +1,66 @@
+"""Tensors that are not a pair of factors: saved heads, embeddings, biases, trained tokens.
+
+They are whole weights and not changes to one, so there is no sum to take. Where the adapters agree they pass
+through; where they do not, the user says what is to happen.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.base import Adapter, Array
+from jaxmerge.sparsify import round_to
+
+Extras = Literal["same", "average"] | int
+
+
+def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str, Array], list[str]]:
+    """Merges the extras of all adapters.
+
+    Args:
+        adapters: In the user's order.
+        extras: ``"same"`` passes on what is identical, bit for bit, in all adapters that have it.
+            ``"average"`` takes the plain mean over those. A number takes the adapter at that position where
+            it has the tensor.
+
+    Returns:
+        The tensors, and the keys of those that differ so that this choice does not settle them.
+
+    Raises:
+        ValueError: If the choice is unknown.
+    """
+    if isinstance(extras, bool) or (extras not in ("same", "average") and not isinstance(extras, int)):
+        raise ValueError(f"extras must be 'same', 'average' or the position of an adapter, got {extras!r}")
+    if isinstance(extras, int) and not 0 <= extras < len(adapters):
+        raise ValueError(f"extras={extras} names no adapter: there are {len(adapters)}, counted from 0")
+    merged, unsettled = {}, []
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter.extras):
+        tensors = [adapter.extras[key] for adapter in adapters if key in adapter.extras]
+        if isinstance(extras, int) and key in adapters[extras].extras:
+            merged[key] = adapters[extras].extras[key]
+        elif all(_identical(tensors[0], tensor) for tensor in tensors[1:]):
+            merged[key] = tensors[0]
+        elif extras == "average" and len({tensor.shape for tensor in tensors}) == 1:
+            merged[key] = _mean(tensors)
+        else:
+            unsettled.append(key)
+    return merged, unsettled
+
+
+def _identical(x: Array, y: Array) -> bool:
+    if x is y:
+        return True
+    if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
+        return False
+    return x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def _mean(tensors: Sequence[Array]) -> Array:
+    arrays = [jnp.asarray(tensor) for tensor in tensors]
+    dtype = functools.reduce(jnp.promote_types, [array.dtype for array in arrays])
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return round_to(sum((array.astype(wide) for array in arrays), jnp.zeros((), wide)) / len(arrays), dtype)

@@ -1,0 +1,135 @@
+"""The only place that touches files: adapters in, adapters out, in the formats they come in."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxmerge.base import Adapter, Metadata
+from jaxmerge.io import peft
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(path: str | Path) -> Adapter:
+    """Reads an adapter.
+
+    Args:
+        path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name.
+
+    Returns:
+        The adapter, its arrays on the host and in the dtype of the file.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each
+            problem, with the file and the module.
+    """
+    return peft.load(Path(path))
+
+
+def peek(path: str | Path) -> Adapter:
+    """Reads an adapter's headers alone: `load` with the shapes of tensors in place of tensors.
+
+    Args:
+        path: As in `load`.
+
+    Returns:
+        The adapter, its leaves `jax.ShapeDtypeStruct`.
+
+    Raises:
+        ValueError: As `load` does.
+    """
+    return peft.peek(Path(path))
+
+
+def save(adapter: Adapter, path: str | Path, format: str | None = None, *, force: bool = False) -> None:
+    """Writes an adapter, whole or not at all.
+
+    Args:
+        adapter: Of concrete arrays.
+        path: The folder; missing parents are made.
+        format: ``"peft"``, or None for the format the adapter came in.
+        force: Replace a folder that is an adapter itself. Files in it that are neither PEFT's nor jaxmerge's
+            stay where they are.
+
+    Raises:
+        ValueError: If the format is unknown, the folder may not be written, or the adapter does not fit the
+            format.
+        OSError: If the disk fails or is full; nothing is left then.
+    """
+    check_format(format)
+    peft.save(adapter, Path(path), force=force)
+
+
+def check_format(format: str | None) -> None:
+    """Raises a ValueError for a format that jaxmerge cannot write."""
+    if format not in (None, "peft"):
+        raise ValueError(f"unknown format {format!r}: there is peft")
+
+
+def combine_metadata(metadatas: Sequence[Metadata]) -> tuple[Metadata, list[str]]:
+    """The metadata of a merged adapter, without its provenance.
+
+    Args:
+        metadatas: The adapters', in the user's order. The first one's format is the result's.
+
+    Returns:
+        The metadata, and what in them cannot be reconciled.
+    """
+    names = [metadata.name or f"adapter {i + 1}" for i, metadata in enumerate(metadatas)]
+    layouts, problems = {}, []
+    for metadata, name in zip(metadatas, names, strict=True):
+        for path, layout in metadata.layouts:
+            if layouts.setdefault(path, (layout, name))[0] != layout:
+                problems.append(f"module {path} is of different kinds in {layouts[path][1]} and {name}")
+    config, conflicts = peft.combine_configs([json.loads(m.config) for m in metadatas], names)
+    merged = dataclasses.replace(
+        metadatas[0],
+        name="",
+        rank=None,
+        base_model=next((m.base_model for m in metadatas if m.base_model), None),
+        layouts=tuple((path, layout) for path, (layout, _) in layouts.items()),
+        config=json.dumps(config, sort_keys=True),
+        own_base="",
+    )
+    return merged, problems + conflicts
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The contents of the adapter_config.json that gives every module of an adapter its rank and scale."""
+    return peft.export_config(adapter)
+
+
+def from_torch(state_dict: "Mapping[str, torch.Tensor]", config: Any) -> Adapter:
+    """An adapter from PEFT's tensors in memory; needs torch.
+
+    Args:
+        state_dict: As ``peft.get_peft_model_state_dict`` gives it; adapter names inside the keys are dropped.
+        config: The adapter's ``LoraConfig``, or its contents as a dict.
+
+    Returns:
+        The adapter. Its arrays share memory with the tensors where DLPack allows.
+
+    Raises:
+        ValueError: If it holds something that jaxmerge does not merge.
+    """
+    from jaxmerge.io.torch import from_torch
+
+    return from_torch(state_dict, config)
+
+
+def to_torch(adapter: Adapter) -> "dict[str, torch.Tensor]":
+    """PEFT's tensors of an adapter, the inverse of `from_torch`; needs torch.
+
+    Args:
+        adapter: Of concrete arrays. `peft_config` gives the configuration that goes with the tensors.
+
+    Returns:
+        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with the
+        adapter's arrays where DLPack allows.
+    """
+    from jaxmerge.io.torch import to_torch
+
+    return to_torch(adapter)

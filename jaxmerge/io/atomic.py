@@ -1,0 +1,167 @@
+"""Folders that appear whole or not at all.
+
+On Linux every file is written without a name (``O_TMPFILE``) and flushed to disk before anything is linked
+into the file system, so that even a killed process leaves nothing behind. Elsewhere a hidden staging folder
+beside the target is cleaned up on the way out.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+
+def check_target(path: Path, force: bool, marker: str) -> None:
+    """Refuses a target that may not be written.
+
+    Args:
+        path: The folder to be.
+        force: Whether a folder that holds the marker may be replaced.
+        marker: The file by which a folder of the right kind is known.
+
+    Raises:
+        ValueError: If something is there that may not be replaced, or the place cannot be written to.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path}: is a broken link")
+    if path.exists():
+        if not force:
+            raise ValueError(f"{path}: already exists (--force replaces an adapter)")
+        if not path.is_dir():
+            raise ValueError(f"{path}: is a file, not an adapter folder; it is left alone")
+        if not (path / marker).is_file() and any(path.iterdir()):
+            raise ValueError(f"{path}: is not an adapter (no {marker} in it), so --force does not replace it")
+    place = _existing_ancestor(path.parent if not path.exists() else path)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
+
+
+def write_folder(
+    path: Path, files: Mapping[str, bytes], *, force: bool, marker: str, owned: Collection[str]
+) -> None:
+    """Writes a folder of files, atomically.
+
+    Args:
+        path: The folder; missing parents are made.
+        files: Name -> contents.
+        force: Replace a folder of the same kind.
+        marker: The file by which that kind is known.
+        owned: The names that belong to the kind. What else lies in a replaced folder stays there.
+
+    Raises:
+        ValueError: If the target may not be written.
+        OSError: If the disk fails or is full; nothing is left then.
+    """
+    check_target(path, force, marker)
+    path = path.resolve()
+    with contextlib.ExitStack() as stack:
+        handles = _write_unnamed(_existing_ancestor(path.parent), files, stack)
+        made = _make_parents(path.parent)
+        staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        try:
+            staging.mkdir()
+            for name, data in files.items():
+                if handles is None or not _link(handles[name], staging / name):
+                    _write_named(staging / name, data)
+            _sync_folder(staging)
+            _put_in_place(staging, path, owned)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+        _sync_folder(path.parent)
+
+
+def _existing_ancestor(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Makes a folder and its parents; returns those that were missing, innermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _write_unnamed(
+    folder: Path, files: Mapping[str, bytes], stack: contextlib.ExitStack
+) -> dict[str, int] | None:
+    """Writes files that have no name yet; None where the file system does not know such files."""
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is None:
+        return None
+    handles = {}
+    for name, data in files.items():
+        try:
+            handle = os.open(folder, flag | os.O_WRONLY, 0o666)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                return None
+            raise
+        stack.callback(os.close, handle)
+        _write_all(handle, data)
+        handles[name] = handle
+    return handles
+
+
+def _link(handle: int, target: Path) -> bool:
+    """Gives an unnamed file its name; False where /proc is not there to do it through."""
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        # With a folder handle Python calls linkat and follows the link in /proc; without one it does not.
+        os.link(f"/proc/self/fd/{handle}", target.name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+    return True
+
+
+def _write_named(path: Path, data: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(handle, data)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        # One call writes at most 2 GiB.
+        view = view[os.write(handle, view[: 2**30]) :]
+    os.fsync(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # Some file systems cannot sync a folder; the files are synced.
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put_in_place(staging: Path, path: Path, owned: Collection[str]) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    old = path.parent / f".{path.name}.{secrets.token_hex(4)}.replaced"
+    path.rename(old)
+    try:
+        staging.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    for entry in old.iterdir():
+        if entry.name not in owned:
+            entry.rename(path / entry.name)
+    shutil.rmtree(old)

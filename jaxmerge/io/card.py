@@ -1,0 +1,55 @@
+"""The README.md beside a merged adapter: a model card in PEFT's manner."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Writes the card.
+
+    Args:
+        config: The adapter's adapter_config.json.
+        record: Its provenance.
+
+    Returns:
+        Markdown with the metadata block that model hubs read.
+    """
+    base = config.get("base_model_name_or_path")
+    tags = [*([f"base_model:adapter:{base}"] if base else []), "lora", "merge", "jaxmerge"]
+    front = [
+        *([f"base_model: {json.dumps(base, ensure_ascii=False)}"] if base else []),
+        "library_name: peft",
+        "tags:",
+        *[f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags],
+    ]
+    return "\n".join(["---", *front, "---", "", *_body(base, config, record), ""])
+
+
+def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    of = f" of `{base}`" if base else ""
+    if "inputs" not in record:
+        return ["# LoRA adapter", "", f"A LoRA adapter{of}, written by jaxmerge."]
+    settings = {"method": record["method"], "space": record["space"], **record["hyperparameters"]}
+    if record.get("combination_type"):
+        settings = {"combination_type": record["combination_type"], **settings}
+    if record.get("seed") is not None:
+        settings["seed"] = record["seed"]
+    rows = [
+        f"| `{source.get('path', 'in memory')}` | {weight} | `{source.get('sha256', '')[:16]}` |"
+        for source, weight in zip(record["inputs"], record["weights"], strict=True)
+    ]
+    return [
+        "# Merged LoRA adapter",
+        "",
+        f"A LoRA adapter{of}, merged from {len(rows)} with jaxmerge: "
+        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + f". Rank {config['r']}; {100 * record['energy_kept']:.4g} % of the merge's energy (squared Frobenius "
+        "norm) is kept.",
+        "",
+        "| adapter | weight | sha256 |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "`jaxmerge.json` holds everything needed to make it again.",
+    ]

@@ -1,0 +1,417 @@
+"""PEFT's LoRA folder: ``adapter_config.json`` and ``adapter_model.safetensors``. Needs no torch."""
+
+import collections
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxmerge.base import Adapter, Array, LoRA, Metadata, energy_kept
+from jaxmerge.io import atomic, card
+from jaxmerge.io.peft_keys import (
+    FLOATS,
+    PREFIX,
+    Contents,
+    Layout,
+    TensorSpec,
+    natural_order,
+    nominal_rank,
+    read_contents,
+)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+PROVENANCE = "jaxmerge.json"
+CARD = "README.md"
+OWNED = (CONFIG, WEIGHTS, PICKLED, PROVENANCE, CARD)
+
+# Fields that belong to how the first adapter was made and not to what the merged one is.
+_RESET: Mapping[str, Any] = {
+    "use_rslora": False,
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "corda_config": None,
+    "eva_config": None,
+    "lora_ga_config": None,
+    "inference_mode": True,
+}
+# Fields kept where all adapters agree.
+_AGREED = ("task_type", "auto_mapping", "revision", "ensure_weight_tying")
+# Fields that say which modules are adapted.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class Headers:
+    """An adapter folder before its weights are read.
+
+    Attributes:
+        folder: Where the files lie; a subfolder of what was asked for if the adapter is saved under its name.
+        weights: The file with the tensors.
+        config: The parsed adapter_config.json.
+        tensors: Key -> header.
+        contents: The tensors sorted into modules.
+    """
+
+    folder: Path
+    weights: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    contents: Contents
+
+
+def find_folder(path: Path) -> Path:
+    """The folder that holds the adapter: the path, or its only subfolder with an adapter in it.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such folder")
+    if path.is_file():
+        if path.name in (CONFIG, WEIGHTS, PICKLED):
+            return path.parent
+        raise ValueError(f"{path}: is a file; give the adapter's folder")
+    if (path / CONFIG).is_file():
+        return path
+    inner = sorted(folder for folder in path.iterdir() if (folder / CONFIG).is_file())
+    if len(inner) > 1:
+        raise ValueError(f"{path}: holds several adapters ({', '.join(f.name for f in inner)}); name one of them")
+    if not inner:
+        raise ValueError(f"{path}: is not a PEFT adapter, there is no {CONFIG} in it")
+    return inner[0]
+
+
+def read_headers(path: Path) -> Headers:
+    """Reads everything but the weights.
+
+    Raises:
+        ValueError: If the files are missing or broken. What they hold is not judged here: see
+            `Headers.contents`.
+    """
+    folder = find_folder(path)
+    config = _read_config(folder / CONFIG)
+    if (folder / WEIGHTS).is_file():
+        weights = folder / WEIGHTS
+        tensors = _read_safetensors_header(weights)
+    elif (folder / PICKLED).is_file():
+        weights = folder / PICKLED
+        tensors = {
+            key: TensorSpec(_safetensors_name(array.dtype), array.shape)
+            for key, array in _read_pickled(weights).items()
+        }
+    else:
+        raise ValueError(f"{folder}: there is no {WEIGHTS} in it")
+    return Headers(folder, weights, config, tensors, read_contents(config, tensors))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return config
+
+
+def _read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: is not a sound safetensors file: {_one_line(error)}") from None
+
+
+def _read_pickled(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"{path}: is a pickle, which only torch can read safely: pip install 'jaxmerge[torch]', or save it "
+            "again as safetensors"
+        ) from None
+    from jaxmerge.io.torch import read_pickled
+
+    return read_pickled(path)
+
+
+def peek(path: Path) -> Adapter:
+    """The adapter with the shapes of its tensors in place of the tensors, from the headers alone.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something that jaxmerge does not merge.
+    """
+    headers = read_headers(path)
+
+    def spec(key: str, shape: tuple[int, ...] | None = None) -> Any:
+        tensor = headers.tensors[key]
+        return jax.ShapeDtypeStruct(shape or tensor.shape, _dtype(tensor.dtype))
+
+    return _adapter(headers, path, lambda key, shape: spec(key, shape), provenance={"path": str(path)})
+
+
+def load(path: Path) -> Adapter:
+    """Reads a PEFT LoRA folder.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The adapter, its arrays on the host and in the dtype of the file.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something that jaxmerge does not merge.
+    """
+    headers = read_headers(path)
+    _raise_problems(headers, path)
+    tensors, digest = _read_tensors(headers)
+    provenance = {
+        "path": str(path),
+        "file": headers.weights.name,
+        "sha256": digest,
+        "config_sha256": hashlib.sha256((headers.folder / CONFIG).read_bytes()).hexdigest(),
+    }
+
+    def read(key: str, shape: tuple[int, ...] | None) -> Any:
+        return tensors[key] if shape is None else tensors[key].reshape(shape)
+
+    return _adapter(headers, path, read, provenance)
+
+
+def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
+    digest = hashlib.sha256()
+    with headers.weights.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    if headers.weights.name == PICKLED:
+        return _read_pickled(headers.weights), digest.hexdigest()
+    try:
+        return safetensors.numpy.load_file(headers.weights), digest.hexdigest()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{headers.weights}: cannot be read: {_one_line(error)}") from None
+
+
+def _raise_problems(headers: Headers, path: Path) -> None:
+    if headers.contents.problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in headers.contents.problems))
+
+
+def _adapter(
+    headers: Headers,
+    path: Path,
+    read: Callable[[str, tuple[int, ...] | None], Any],
+    provenance: Mapping[str, str],
+) -> Adapter:
+    _raise_problems(headers, path)
+    return build_adapter(headers.config, headers.tensors, headers.contents, read, str(path), provenance)
+
+
+def build_adapter(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    contents: Contents,
+    read: Callable[[str, tuple[int, ...] | None], Any],
+    name: str,
+    provenance: Mapping[str, Any],
+) -> Adapter:
+    """Puts an adapter together.
+
+    Args:
+        config: The parsed adapter_config.json.
+        tensors: Key -> header.
+        contents: What is in it, without problems.
+        read: ``(key, shape or None) ->`` the tensor, in that shape.
+        name: What messages call it.
+        provenance: Where it came from.
+
+    Returns:
+        The adapter.
+    """
+    modules, layouts = {}, []
+    for path, module in contents.modules.items():
+        a, b = module.keys["a"], module.keys["b"]
+        a_shape, b_shape = tensors[a].shape, tensors[b].shape
+        modules[path] = LoRA(
+            a=read(a, (a_shape[0], math.prod(a_shape[1:]))),
+            b=read(b, b_shape[:2]),
+            scale=module.scale,
+            bias=read(module.keys["bias"], None) if "bias" in module.keys else None,
+        )
+        if module.layout != Layout():
+            layouts.append((path, module.layout))
+    metadata = Metadata(
+        format="peft",
+        name=name,
+        base_model=config.get("base_model_name_or_path") or None,
+        rank=nominal_rank(config),
+        layouts=tuple(layouts),
+        config=json.dumps(config, sort_keys=True),
+        provenance=json.dumps(provenance),
+        own_base=contents.own_base,
+    )
+    extras = {name: read(key, None) for name, key in contents.extras.items()}
+    return Adapter(modules=modules, extras=extras, metadata=metadata)
+
+
+def combine_configs(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a merged adapter, but for its ranks.
+
+    Args:
+        configs: The adapters' parsed adapter_config.json.
+        names: What messages call them.
+
+    Returns:
+        The configuration, and what in them cannot be reconciled.
+    """
+    first, problems = configs[0], []
+    merged = dict(first)
+    merged.update({field: value for field, value in _RESET.items() if field in merged or value is True})
+    for field in _AGREED:
+        if field in merged and any(config.get(field) != first.get(field) for config in configs):
+            merged[field] = False if isinstance(merged[field], bool) else None
+    for field in ("fan_in_fan_out", "lora_bias"):
+        if any(config.get(field) for config in configs):
+            merged[field] = True
+    for field in ("layer_replication", "trainable_token_indices"):
+        values = {json.dumps(config.get(field)): name for config, name in zip(configs, names, strict=True)}
+        # Adapters without trained tokens go with any; replicated layers renumber the modules of all.
+        values = {k: v for k, v in values.items() if field == "layer_replication" or k not in ("null", "[]", "{}")}
+        if len(values) > 1:
+            problems.append(f"{field} differs between {' and '.join(values.values())}, and cannot be merged")
+        elif values:
+            merged[field] = json.loads(next(iter(values)))
+    saved = [name for config in configs for name in config.get("modules_to_save") or []]
+    if saved:
+        merged["modules_to_save"] = list(dict.fromkeys(saved))
+    biases = {config.get("bias") or "none" for config in configs} - {"none"}
+    if biases:
+        merged["bias"] = "all" if len(biases) > 1 else biases.pop()
+    if len({_targets(config) for config in configs}) > 1 or not first.get("target_modules"):
+        merged.update(dict.fromkeys(_TARGETS))  # Written out module by module when it is saved.
+    return merged, problems
+
+
+def _targets(config: Mapping[str, Any]) -> str:
+    """What a configuration adapts, in a form that can be compared: lists are sets to PEFT."""
+    values = [config.get(field) for field in _TARGETS]
+    return json.dumps([sorted(value, key=str) if isinstance(value, list) else value for value in values])
+
+
+def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None = None) -> None:
+    """Writes a PEFT LoRA folder, whole or not at all.
+
+    Args:
+        adapter: Of concrete arrays.
+        path: The folder.
+        force: Replace a folder that is an adapter; files in it that are neither PEFT's nor jaxmerge's stay.
+        seed: Recorded as what the key was made from.
+
+    Raises:
+        ValueError: If the folder may not be written, or the adapter cannot be expressed.
+        OSError: If the disk fails or is full.
+    """
+    atomic.check_target(path, force, CONFIG)
+    record = json.loads(adapter.metadata.provenance)
+    if seed is not None:
+        record["seed"] = seed
+    if adapter.energy:
+        record["energy_kept"] = float(energy_kept(adapter))
+        record["modules"] = {
+            name: {"rank": adapter.modules[name].rank, "energy_kept": float(adapter.energy[name].kept)}
+            for name in sorted(adapter.modules, key=natural_order)
+        }
+    config = export_config(adapter)
+    tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
+    overflown = [name for name, array in tensors.items() if array.dtype == np.float16 and np.isinf(array).any()]
+    if overflown:
+        raise ValueError(f"{overflown[0]} is too large for float16: use float32 or bfloat16")
+    files = {
+        CONFIG: _json(config),
+        WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        PROVENANCE: _json(record),
+        CARD: card.model_card(config, record).encode(),
+    }
+    atomic.write_folder(path, files, force=force, marker=CONFIG, owned=OWNED)
+
+
+def export_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The adapter's tensors on the host, under PEFT's keys without the prefix."""
+    layouts = dict(adapter.metadata.layouts)
+    tensors = {}
+    for path in sorted(adapter.modules, key=natural_order):
+        lora, layout = adapter.modules[path], layouts.get(path, Layout())
+        if lora.batch:
+            raise ValueError(f"module {path} has batch axes {lora.batch}, which PEFT's format does not have")
+        a, b = _host(lora.a), _host(lora.b)
+        if not isinstance(layout, Layout) or layout.kind == "linear":
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, b
+        elif layout.kind == "embedding":
+            tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
+        else:
+            channels = a.shape[1] // math.prod(layout.kernel)
+            tensors[f"{path}.lora_A.weight"] = a.reshape(a.shape[0], channels, *layout.kernel)
+            tensors[f"{path}.lora_B.weight"] = b.reshape(*b.shape, *[1] * len(layout.kernel))
+        if lora.bias is not None:
+            tensors[f"{path}.lora_B.bias"] = _host(lora.bias)
+    return tensors | {name: _host(array) for name, array in adapter.extras.items()}
+
+
+def export_config(adapter: Adapter) -> dict[str, Any]:
+    """The adapter_config.json that gives every module its rank and scale."""
+    config: dict[str, Any] = json.loads(adapter.metadata.config)
+    ranks = {path: lora.rank for path, lora in adapter.modules.items()}
+    alphas = {path: _alpha(lora) for path, lora in adapter.modules.items()}
+    common = collections.Counter((ranks[path], alphas[path]) for path in ranks).most_common(1)[0][0]
+    patterns = {path: "^" + path.replace(".", r"\.") for path in sorted(ranks, key=natural_order)}
+    config |= {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.metadata.base_model,
+        "r": common[0],
+        "lora_alpha": common[1],
+        "use_rslora": False,
+        "rank_pattern": {patterns[path]: ranks[path] for path in patterns if ranks[path] != common[0]},
+        "alpha_pattern": {patterns[path]: alphas[path] for path in patterns if alphas[path] != common[1]},
+    }
+    if not config.get("target_modules"):
+        targets = [path.removesuffix(".base_layer.out_proj") for path in patterns]
+        config["target_modules"] = list(dict.fromkeys(targets))
+    return config
+
+
+def _alpha(lora: LoRA) -> int | float:
+    alpha = float(lora.scale) * lora.rank
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _host(array: Array | np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(array))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _dtype(name: str) -> np.dtype:
+    if name in FLOATS:
+        return np.dtype(getattr(ml_dtypes, FLOATS[name], None) or FLOATS[name])
+    return np.dtype({"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32"}.get(name, "int64"))
+
+
+def _safetensors_name(dtype: np.dtype) -> str:
+    return {value: key for key, value in FLOATS.items()}.get(str(dtype), str(dtype))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

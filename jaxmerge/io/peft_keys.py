@@ -1,0 +1,281 @@
+"""PEFT's key names and configuration: which tensor is what, and what scale a module has.
+
+Nothing here reads a file; keys, shapes and the configuration go in, and a `Contents` comes out, with
+everything that stands in the way of a merge told in words.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PREFIX = "base_model.model."
+
+# A tensor's role by the end of its key. An adapter's name may stand inside, as it does in memory.
+_NAME = r"(?:\.(?P<name>[^.]+))?"
+_ROLES: Sequence[tuple[str, re.Pattern[str]]] = [
+    ("a", re.compile(rf"^(?P<module>.+)\.lora_A{_NAME}\.weight$")),
+    ("b", re.compile(rf"^(?P<module>.+)\.lora_B{_NAME}\.weight$")),
+    ("bias", re.compile(rf"^(?P<module>.+)\.lora_B{_NAME}\.bias$")),
+    ("embedding_a", re.compile(rf"^(?P<module>.+)\.lora_embedding_A{_NAME}$")),
+    ("embedding_b", re.compile(rf"^(?P<module>.+)\.lora_embedding_B{_NAME}$")),
+    ("extra", re.compile(rf"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_NAME}$")),
+    ("extra", re.compile(r"^(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)$")),
+]
+
+# Keys that change what B·A means, and what they belong to.
+_FOREIGN: Sequence[tuple[str, str]] = [
+    ("lora_magnitude_vector", "DoRA: its magnitudes multiply the whole weight, so its change is not scale·B·A"),
+    ("lora_diag", "KaSA: a diagonal stands between B and A"),
+    ("lora_velora", "VeLoRA"),
+    ("lora_monteclora", "MonteCLoRA"),
+    ("lora_E", "AdaLoRA"),
+    ("ia3_l", "IA³: it scales activations and has no factors"),
+    ("hada_", "LoHa"),
+    ("lokr_", "LoKr"),
+    ("oft_", "OFT"),
+    ("vera_lambda", "VeRA"),
+    ("lora_", "a kind of LoRA tensor that jaxmerge does not know"),
+]
+
+# Switches in adapter_config.json under which scale·B·A is not the change of the weight.
+_SWITCHES: Mapping[str, str] = {
+    "use_dora": "DoRA: its magnitudes multiply the whole weight, so its change is not scale·B·A",
+    "use_qalora": "QA-LoRA: its A acts on pooled inputs",
+    "use_bdlora": "BD-LoRA: its factors are block-diagonal",
+    "kasa_config": "KaSA: a diagonal stands between B and A",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow: it routes between adapters",
+    "alora_invocation_tokens": "aLoRA: it is active only after its invocation tokens",
+}
+_KNOWN_SWITCHES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
+
+_OWN_BASE: Mapping[str, str] = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as its header tells it: ``dtype`` in safetensors' spelling, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module's factors lie in the file.
+
+    Attributes:
+        kind: ``"linear"``, ``"embedding"`` or ``"conv"``.
+        kernel: The kernel's size, for a convolution.
+    """
+
+    kind: str = "linear"
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass
+class ModuleKeys:
+    """The keys of one module's tensors, and what the configuration says of it."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    layout: Layout = Layout()
+    scale: float = 1.0
+
+
+@dataclass
+class Contents:
+    """What an adapter holds.
+
+    Attributes:
+        modules: Module path -> its keys.
+        extras: Name without the prefix and the adapter's name -> key.
+        problems: Why it cannot be read as LoRA factors; empty if it can.
+        own_base: Why its factors belong to a base model of their own, or empty.
+    """
+
+    modules: dict[str, ModuleKeys]
+    extras: dict[str, str]
+    problems: list[str]
+    own_base: str = ""
+
+
+def read_contents(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Contents:
+    """Sorts an adapter's tensors into modules and extras, and gives every module its scale.
+
+    Args:
+        config: The parsed adapter_config.json.
+        tensors: Key -> header.
+
+    Returns:
+        The contents, with all problems found.
+    """
+    problems = _config_problems(config)
+    if problems:  # The tensors of another kind of adapter would only repeat it, key by key.
+        return Contents({}, {}, problems)
+    modules, extras, problems = _sort_keys(tensors)
+    if not modules and not problems:
+        problems.append("holds no LoRA factors (no lora_A and lora_B)")
+    for path, module in modules.items():
+        problem = _check_module(path, module, tensors, config)
+        if problem:
+            problems.append(problem)
+    return Contents(modules, extras, problems, _own_base(config))
+
+
+def nominal_rank(config: Mapping[str, Any]) -> int:
+    """The rank that PEFT takes an adapter to have: the largest that its configuration names."""
+    return max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 1)
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    kind = str(config.get("peft_type", "LORA")).rsplit(".", 1)[-1].upper()
+    if kind != "LORA":
+        return [f"is a {kind} adapter, not LoRA: jaxmerge merges pairs of LoRA factors"]
+    problems = [f"is {what}; it cannot be merged" for name, what in _SWITCHES.items() if config.get(name)]
+    if config.get("target_parameters"):
+        names = ", ".join(map(str, config["target_parameters"]))
+        problems.append(f"adapts nn.Parameters ({names}; target_parameters), which cannot be merged yet")
+    for name, value in config.items():
+        if name.startswith("use_") and value and name not in _KNOWN_SWITCHES:
+            problems.append(f"sets {name} in adapter_config.json, a variant of LoRA that jaxmerge does not know")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            problems.append(f"{name} in adapter_config.json is {value!r}, not a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        problems += _pattern_problems(name, config.get(name) or {})
+    return problems
+
+
+def _pattern_problems(name: str, patterns: Any) -> list[str]:
+    if not isinstance(patterns, Mapping):
+        return [f"{name} in adapter_config.json is not a mapping"]
+    problems = []
+    for pattern, value in patterns.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            problems.append(f"{name}[{pattern!r}] in adapter_config.json is {value!r}, not a number")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{name}[{pattern!r}] in adapter_config.json is not a regular expression: {error}")
+    return problems
+
+
+def _own_base(config: Mapping[str, Any]) -> str:
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str):
+        return ""
+    for start, what in _OWN_BASE.items():
+        if init.lower().startswith(start):
+            return (
+                f"was initialised with {what}, which changed its base model's weights, so that its factors do "
+                "not fit other adapters; convert it first (PEFT: save_pretrained with "
+                "path_initial_model_for_weight_conversion)"
+            )
+    return ""
+
+
+def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str, str], list[str]]:
+    modules: dict[str, ModuleKeys] = {}
+    extras: dict[str, str] = {}
+    problems, names = [], set()
+    foreign: dict[str, list[str]] = {}
+    for key in sorted(tensors, key=natural_order):
+        role, path, name = _role(key.removeprefix(PREFIX))
+        names.add(name)
+        if role == "foreign":
+            foreign.setdefault(path, []).append(key)
+        elif role == "extra":
+            if path in extras:
+                problems.append(f"{key} and {extras[path]} are the same tensor under two names")
+            extras[path] = key
+        else:
+            keys = modules.setdefault(path, ModuleKeys()).keys
+            if role in keys:
+                problems.append(f"{key} and {keys[role]} are the same factor under two names")
+            keys[role] = key
+    for what, keys in foreign.items():
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        problems.append(f"is {what} ({keys[0]}{more}); it cannot be merged")
+    if len(names - {None}) > 1:
+        listed = ", ".join(sorted(name for name in names if name))
+        problems = [f"holds several adapters in one file ({listed}); save them one by one"]
+    return modules, extras, problems
+
+
+def _role(key: str) -> tuple[str, str, str | None]:
+    """A key's role, its module path (for an extra its own name, for a foreign key what it is), and the adapter's name."""
+    for role, pattern in _ROLES:
+        match = pattern.match(key)
+        if match is None:
+            continue
+        name = match["name"]
+        if role != "extra":
+            return role, match["module"], name
+        if "rest" in match.groupdict():
+            return role, f"{match['module']}.{match['rest']}", name
+        return role, f"{match['module']}.token_adapter.trainable_tokens_delta", name
+    for start, what in _FOREIGN:
+        if any(part.startswith(start) for part in key.split(".")):
+            return "foreign", what, None
+    return "extra", key, None
+
+
+def _check_module(
+    path: str, module: ModuleKeys, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
+) -> str | None:
+    """Finds the module's layout and scale; returns what is wrong with it, if anything."""
+    embedding = any(role.startswith("embedding") for role in module.keys)
+    roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    missing = [role[-1].upper() for role in roles if role not in module.keys]
+    if missing or (embedding and len(module.keys) > 2):
+        return f"module {path} lacks its factor {missing[0]}" if missing else f"module {path} mixes two kinds"
+    a, b = (tensors[module.keys[role]] for role in roles)
+    module.keys["a"], module.keys["b"] = (module.keys.pop(role) for role in roles)
+    for spec in (a, b):
+        if spec.dtype not in FLOATS:
+            return f"module {path} is stored as {spec.dtype}; LoRA factors must be F16, BF16, F32 or F64"
+    kernel = a.shape[2:]
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape or 0 in b.shape:
+        return f"module {path} has factors of shapes {a.shape} and {b.shape}, which no layer has"
+    rank = a.shape[0]
+    if kernel and b.shape[1] != rank and rank % b.shape[1] == 0:
+        return f"module {path} is a grouped convolution ({rank // b.shape[1]} groups), which cannot be merged yet"
+    if b.shape[1] != rank or any(size != 1 for size in b.shape[2:]):
+        return f"module {path} has factors of shapes {a.shape} and {b.shape}, whose ranks differ"
+    # The projection inside MultiheadAttention takes its numbers from the module around it.
+    name = path.removesuffix(".base_layer.out_proj")
+    declared = _for_module(config.get("rank_pattern"), name, config.get("r", 8))
+    if declared != rank:
+        return f"module {path} has rank {rank}, but adapter_config.json says {declared}"
+    bias = tensors[module.keys["bias"]] if "bias" in module.keys else None
+    if bias is not None and (bias.shape != b.shape[:1] or bias.dtype not in FLOATS):
+        return f"module {path} has a lora_B.bias of shape {bias.shape} and type {bias.dtype}, which does not fit"
+    alpha = _for_module(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    module.scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    module.layout = Layout("embedding" if embedding else "conv" if kernel else "linear", kernel)
+    return None
+
+
+def _for_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that PEFT would match to a module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def natural_order(path: str) -> list[tuple[int, int | str]]:
+    """A sort key under which ``layers.2`` comes before ``layers.10``."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]

@@ -1,0 +1,91 @@
+"""`merge`: check, stack modules of equal shape, run ``lift ∘ method ∘ project`` on each stack, name the result."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxmerge.base import Adapter, Array
+from jaxmerge.extras import Extras
+from jaxmerge.merging.plan import Weights, plan_merge
+
+__all__ = ["lower", "merge", "plan_merge"]
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    weights: Weights = None,
+    *,
+    method: str | None = None,
+    space: str | None = None,
+    rank: int | None = None,
+    combination_type: str | None = None,
+    key: Array | None = None,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    extras: Extras = "same",
+    allow_different_bases: bool = False,
+    **hyperparameters: Any,
+) -> Adapter:
+    """Merges LoRA adapters of one base model into one adapter.
+
+    Works inside `jax.jit` too, with weights and densities traced; checks that need values are then left out.
+
+    Args:
+        adapters: At least one. A module that only some of them have is merged from those.
+        weights: One number per adapter, of any sign. None: equal weights, 1/n each for methods that sum and 1
+            each for those that average by themselves.
+        method: A name in `METHODS`; ``"linear"`` if None.
+        space: A name in `SPACES`; the method's own if None.
+        rank: Of the result. None: the exact rank where the result is low-rank, the largest source rank of
+            the module where it is not. Modules that can hold less get what they can.
+        combination_type: One of PEFT's, in place of method and space; `rank` is then PEFT's ``svd_rank``.
+        key: A `jax.random.key`, for methods that draw.
+        mesh: Spreads the modules over its devices; the result has the same bits.
+        dtype: Of the result; None keeps that of the sources. Arithmetic is float32 or wider in any case.
+        extras: What to do with tensors that are not pairs of factors where adapters differ: ``"same"``
+            refuses, ``"average"`` takes the mean, a number takes those of the adapter at that position.
+        allow_different_bases: Merges even if the adapters name different base models.
+        **hyperparameters: Of the method, for example ``density=0.2``.
+
+    Returns:
+        The merged adapter, of scale 1, with what truncation lost in `Adapter.energy`.
+
+    Raises:
+        ValueError: If the arguments do not fit the adapters or each other. It names every culprit.
+    """
+    plan = plan_merge(
+        adapters,
+        weights,
+        method=method,
+        space=space,
+        rank=rank,
+        combination_type=combination_type,
+        key=key,
+        mesh=mesh,
+        dtype=dtype,
+        extras=extras,
+        allow_different_bases=allow_different_bases,
+        **hyperparameters,
+    )
+    return plan.finish([step.run() for step in plan.steps()])
+
+
+def lower(adapters: Sequence[Adapter], weights: Weights = None, **arguments: Any) -> list[jax.stages.Lowered]:
+    """The programs that `merge` would run, not yet compiled.
+
+    Args:
+        adapters: As in `merge`.
+        weights: As in `merge`.
+        **arguments: As in `merge`.
+
+    Returns:
+        One per bucket of modules of equal shape, in the order in which they run.
+
+    Raises:
+        ValueError: As `merge` does.
+    """
+    steps = plan_merge(adapters, weights, **arguments).steps()
+    return [step.lower() for step in {step.bucket: step for step in steps}.values()]

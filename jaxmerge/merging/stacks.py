@@ -1,0 +1,204 @@
+"""``lift ∘ method ∘ project`` on stacks of modules of equal shape: arrays in, arrays out, one compile each.
+
+Kernels are written for one unbatched module and mapped here over modules and their batch axes.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxmerge import spaces
+from jaxmerge.base import Array, Energy
+from jaxmerge.catalog import METHODS, SPACES, Method
+from jaxmerge.sharding import over_modules
+from jaxmerge.sparsify import Density, bind_density, round_to
+
+# Working memory that one stack of modules may take, in bytes.
+_STACK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is the same for all modules of a merge; static under jit.
+
+    Attributes:
+        method: A name in `METHODS`.
+        space: A name in `SPACES`.
+        choices: The hyperparameters that are not numbers.
+        mesh: What modules are spread over.
+    """
+
+    method: str
+    space: str
+    choices: tuple[tuple[str, str], ...] = ()
+    mesh: Mesh | None = None
+
+    @property
+    def row(self) -> Method:
+        """The method's row."""
+        return METHODS[self.method]
+
+    @property
+    def form(self) -> spaces.Space:
+        """The space, in the form that the method works in."""
+        return SPACES[self.space].load(self.row)
+
+    def stacks(self, ranks: Sequence[int], rank: int) -> bool:
+        """Whether the result is the sources' factors side by side."""
+        return self.row.linear and self.space == "full" and rank == sum(ranks)
+
+
+class Bucket(NamedTuple):
+    """What modules must share to be stacked; static under jit.
+
+    Attributes:
+        features: ``(out, in)``.
+        ranks: Of the n adapters that have the module.
+        batch: The module's own leading axes.
+        dtypes: Of those adapters' factors, a and b by turns.
+        rank: Of the result.
+        dtype: Of the result.
+    """
+
+    features: tuple[int, int]
+    ranks: tuple[int, ...]
+    batch: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    rank: int
+    dtype: str
+
+    @property
+    def wide(self) -> str:
+        """The dtype of the arithmetic: float32, or float64 where a source is."""
+        return "float64" if "float64" in self.dtypes else "float32"
+
+    @property
+    def modules_at_once(self) -> int:
+        """How many modules fit into the working memory, counting their dense deltas in every adapter."""
+        out, in_ = self.features
+        return max(1, _STACK_BYTES // (4 * out * in_ * (len(self.ranks) + 3) * math.prod(self.batch)))
+
+
+class Inputs(NamedTuple):
+    """The arrays of L modules of one bucket in n adapters.
+
+    Attributes:
+        a: n of ``[L, *batch, rᵢ, in]``.
+        b: n of ``[L, *batch, out, rᵢ]``.
+        scales: ``[L, n]``.
+        weights: ``[L, n]``.
+        keys: ``[L, n]`` keys; None for a method that draws nothing.
+    """
+
+    a: tuple[Array, ...]
+    b: tuple[Array, ...]
+    scales: Array
+    weights: Array
+    keys: Array | None
+
+
+def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, object]) -> list[dict[str, Density]]:
+    """Binds the numeric hyperparameters to the size of each task set that the space makes of a module."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    out, in_ = bucket.features
+    n = len(bucket.ranks)
+
+    def project(a: list[Array], b: list[Array], numbers: Array) -> Sequence[spaces.TaskSet]:
+        return program.form.project(spaces.Factors(a, b, numbers), numbers)[0]
+
+    sets = jax.eval_shape(
+        project, [shape((r, in_)) for r in bucket.ranks], [shape((out, r)) for r in bucket.ranks], shape((n,))
+    )
+    return [
+        {name: bind_density(value, math.prod(one.tasks.shape[1:])) for name, value in numbers.items()}
+        for one in sets
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("program", "bucket"))
+def merge_stack(
+    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
+) -> tuple[Array, Array, Energy]:
+    """Merges L modules of one bucket.
+
+    Args:
+        program: The method and its space.
+        bucket: The modules' shape.
+        inputs: Their factors in n adapters.
+        numbers: From `bind_numbers`.
+
+    Returns:
+        ``[L, *batch, rank, in]``, ``[L, *batch, out, rank]``, and energies ``[L]``.
+    """
+
+    def merge_one(one: Inputs) -> spaces.Lifted:
+        lifted = _merge_module(program, bucket, one, numbers)
+        dtype = jnp.dtype(bucket.dtype)
+        return lifted._replace(a=round_to(lifted.a, dtype), b=round_to(lifted.b, dtype))
+
+    def merge_each(stack: Inputs) -> spaces.Lifted:
+        # On a CPU one module after another: two batched QRs and an SVD in one program never return on
+        # jaxlib 0.10.2 with two cores, and the loop costs nothing. Elsewhere, as many at once as fit.
+        return jax.lax.platform_dependent(
+            stack,
+            cpu=functools.partial(jax.lax.map, merge_one),
+            default=functools.partial(jax.lax.map, merge_one, batch_size=bucket.modules_at_once),
+        )
+
+    a, b, energy = over_modules(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
+    layers = math.prod(bucket.batch)
+    return (
+        a.reshape(-1, *bucket.batch, *a.shape[1:]),
+        b.reshape(-1, *bucket.batch, *b.shape[1:]),
+        jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers), axis=1), energy),
+    )
+
+
+def _merge_module(
+    program: Program, bucket: Bucket, one: Inputs, numbers: Sequence[Mapping[str, Density]]
+) -> spaces.Lifted:
+    """``lift ∘ method ∘ project`` for one unbatched module: `Inputs` without the axis L."""
+    factors = spaces.Factors(
+        [a.astype(bucket.wide) for a in one.a], [b.astype(bucket.wide) for b in one.b], one.scales
+    )
+    if program.stacks(bucket.ranks, bucket.rank):
+        return spaces.stack(factors, one.weights)
+    method, form = program.row.load(), program.form
+    sets, frame = form.project(factors, one.weights)
+    merged = []
+    for i, (task_set, bound) in enumerate(zip(sets, numbers, strict=True)):
+        # Each set of a space draws from keys of its own.
+        key = {} if one.keys is None else {"key": jax.vmap(jax.random.fold_in, (0, None))(one.keys, i)}
+        merged.append(method(*task_set, **bound, **dict(program.choices), **key))
+    return form.lift(merged, frame, bucket.rank)
+
+
+def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
+    """Makes every layer of a batched module a module of its own, with keys of its own."""
+    if not batch:
+        return inputs
+    layers = math.prod(batch)
+
+    def flatten(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[1 + len(batch) :])
+
+    def repeat(x: Array) -> Array:
+        return jnp.repeat(x, layers, axis=0)
+
+    keys = inputs.keys
+    if keys is not None:
+        index = jnp.tile(jnp.arange(layers, dtype=jnp.uint32), keys.shape[0])
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))(repeat(keys), index)
+    return Inputs(
+        tuple(map(flatten, inputs.a)),
+        tuple(map(flatten, inputs.b)),
+        repeat(inputs.scales),
+        repeat(inputs.weights),
+        keys,
+    )

@@ -1,0 +1,97 @@
+"""What every method does first: stack the tasks, check the weights, give each task its key."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxmerge.base import Array
+from jaxmerge.consensus import stacked
+from jaxmerge.sparsify import as_floating, round_to
+
+Tasks = Array | Sequence[ArrayLike]
+Weights = Array | Sequence[ArrayLike]
+
+
+def stack_tasks(task_tensors: Tasks) -> Array:
+    """Stacks task tensors on axis 0.
+
+    Args:
+        task_tensors: Sequence of arrays of one shape, or an array ``[n, ...]`` that is stacked already.
+
+    Returns:
+        ``[n, ...]``, of the widest dtype among them.
+
+    Raises:
+        ValueError: If there is none, or the shapes differ.
+    """
+    if isinstance(task_tensors, jax.Array | np.ndarray):
+        return stacked(task_tensors)
+    arrays = [as_floating(tensor) for tensor in task_tensors]
+    if not arrays:
+        raise ValueError("expected at least one task tensor, got none")
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(f"task tensors differ in shape: {', '.join(str(a.shape) for a in arrays)}")
+    dtype = arrays[0].dtype
+    for array in arrays[1:]:
+        dtype = jnp.promote_types(dtype, array.dtype)
+    return jnp.stack([array.astype(dtype) for array in arrays])
+
+
+def as_weights(weights: Weights, tasks: Array) -> Array:
+    """The weights as an array ``[n]``.
+
+    Args:
+        weights: Array, or a sequence of numbers: integers stay integers and floats become float32, as
+            ``torch.tensor`` has it, so that half tensors give the dtypes that PEFT gives.
+        tasks: ``[n, ...]``.
+
+    Returns:
+        ``[n]``.
+
+    Raises:
+        ValueError: If there are not n of them.
+    """
+    if isinstance(weights, jax.Array | np.ndarray):
+        array = jnp.asarray(weights)
+    elif all(isinstance(weight, int) for weight in weights):
+        array = jnp.asarray(np.asarray(weights, np.int32))
+    else:
+        array = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
+    if array.shape != tasks.shape[:1]:
+        raise ValueError(f"expected {tasks.shape[0]} weights, one per task, got shape {array.shape}")
+    return array
+
+
+def weigh(tasks: Array, weights: Array) -> Array:
+    """``weights[i] * tasks[i]``, in the wider dtype of the two.
+
+    Args:
+        tasks: ``[n, ...]``.
+        weights: ``[n]``.
+
+    Returns:
+        ``[n, ...]``.
+    """
+    dtype = jnp.promote_types(tasks.dtype, weights.dtype)
+    shape = weights.shape + (1,) * (tasks.ndim - 1)
+    return round_to(weights.astype(dtype).reshape(shape) * tasks.astype(dtype), dtype)
+
+
+def task_keys(key: Array, n: int) -> Array:
+    """One key per task: the key folded with the task's position, or the keys as given.
+
+    Args:
+        key: One `jax.random.key`, or ``[n]`` of them.
+        n: Number of tasks.
+
+    Returns:
+        ``[n]`` keys.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 1:
+        return key
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(n, dtype=jnp.uint32))

@@ -1,0 +1,8 @@
+"""Versions, for provenance."""
+
+import importlib.metadata
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes a merge."""
+    return {name: importlib.metadata.version(name) for name in ("jaxmerge", "jax", "jaxlib")}
