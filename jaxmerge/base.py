@@ -11,16 +11,17 @@ Legend of shapes, used in every docstring:
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("a", "b", "scale", "bias"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale", "bias"), meta_fields=())
 @dataclass(frozen=True, eq=False)
 class LoRA:
     """The low-rank factors of one module; the change they make to its weight is ``scale * b @ a``.
@@ -69,8 +70,10 @@ class Energy:
     @property
     def kept(self) -> Array:
         """The fraction kept, in [0, 1]; 1 for a merge that is zero everywhere."""
-        total = jnp.asarray(self.total, float)
-        return jnp.where(total > 0, 1 - self.lost / jnp.where(total > 0, total, 1), 1.0)
+        total, lost = _known(self.total), _known(self.lost)
+        # With NumPy where values are known: nothing to compile for a number in a report.
+        xp = jnp if isinstance(total, jax.core.Tracer) else np
+        return xp.where(total > 0, 1 - lost / xp.where(total > 0, total, 1), 1.0)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class Adapter:
     metadata: Metadata = field(default_factory=Metadata)
 
 
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """The narrowest dtype that holds all of them, also where JAX is set to promote nothing by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)  # type: ignore[return-value]
+
+
 def delta(lora: LoRA) -> Array:
     """The dense weight change ``scale * b @ a`` of one module.
 
@@ -128,7 +137,7 @@ def delta(lora: LoRA) -> Array:
     Returns:
         ``[*batch, out, in]``, float32 or wider.
     """
-    dtype = jnp.promote_types(jnp.promote_types(lora.a.dtype, lora.b.dtype), jnp.float32)
+    dtype = promote(lora.a.dtype, lora.b.dtype, jnp.float32)
     a, b = jnp.asarray(lora.a, dtype), jnp.asarray(lora.b, dtype)
     return jnp.asarray(lora.scale, dtype) * jnp.matmul(b, a, precision="highest")
 
@@ -142,6 +151,12 @@ def energy_kept(adapter: Adapter) -> Array:
     Returns:
         Scalar in [0, 1]; 1 where nothing was truncated.
     """
-    total = sum((jnp.asarray(energy.total, float) for energy in adapter.energy.values()), jnp.zeros(()))
-    lost = sum((jnp.asarray(energy.lost, float) for energy in adapter.energy.values()), jnp.zeros(()))
-    return Energy(total, lost).kept
+    return Energy(
+        total=sum(_known(energy.total) for energy in adapter.energy.values()),
+        lost=sum(_known(energy.lost) for energy in adapter.energy.values()),
+    ).kept
+
+
+def _known(number: Array | float) -> Any:
+    """A number on the host, unless it is traced."""
+    return number if isinstance(number, jax.core.Tracer) else np.asarray(number)

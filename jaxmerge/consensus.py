@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Array
+from jaxmerge.base import Array, promote
 from jaxmerge.sparsify import as_floating, round_to
 
 SignMethod = Literal["total", "frequency"]
@@ -27,7 +27,7 @@ def sum_tasks(tasks: Array) -> Array:
     Returns:
         ``[...]``, of the tasks' dtype.
     """
-    wide = tasks.astype(jnp.promote_types(tasks.dtype, jnp.float32))
+    wide = tasks.astype(promote(tasks.dtype, jnp.float32))
     total = functools.reduce(operator.add, [wide[i] for i in range(wide.shape[0])])
     return round_to(total, tasks.dtype)
 
@@ -89,7 +89,7 @@ def disjoint_merge(task_tensors: ArrayLike, majority_sign_mask: ArrayLike) -> Ar
 @jax.jit
 def mean_of_marked(tasks: Array, mask: Array) -> Array:
     """The kernel of `disjoint_merge`."""
-    wide = jnp.promote_types(tasks.dtype, jnp.float32)
+    wide = promote(tasks.dtype, jnp.float32)
     total = sum_tasks(jnp.where(mask, tasks, jnp.zeros_like(tasks))).astype(wide)
     count = jnp.maximum(jnp.sum(mask, axis=0, dtype=jnp.int32), 1)
     return total / count.astype(wide)

@@ -4,7 +4,6 @@ They are whole weights and not changes to one, so there is no sum to take. Where
 through; where they do not, the user says what is to happen.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.base import Adapter, Array
+from jaxmerge.base import Adapter, Array, promote
 from jaxmerge.sparsify import round_to
 
 Extras = Literal["same", "average"] | int
@@ -61,6 +60,6 @@ def _identical(x: Array, y: Array) -> bool:
 
 def _mean(tensors: Sequence[Array]) -> Array:
     arrays = [jnp.asarray(tensor) for tensor in tensors]
-    dtype = functools.reduce(jnp.promote_types, [array.dtype for array in arrays])
-    wide = jnp.promote_types(dtype, jnp.float32)
+    dtype = promote(*[array.dtype for array in arrays])
+    wide = promote(dtype, jnp.float32)
     return round_to(sum((array.astype(wide) for array in arrays), jnp.zeros((), wide)) / len(arrays), dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Array
+from jaxmerge.base import Array, promote
 
 PruneMethod = Literal["magnitude", "random"]
 
@@ -57,7 +57,7 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
     if not isinstance(density, jax.core.Tracer):
         _check_density(density)
     if isinstance(density, jax.Array):
-        value = jnp.asarray(density, jnp.promote_types(density.dtype, jnp.float32))
+        value = jnp.asarray(density, promote(density.dtype, jnp.float32))
         count = jnp.floor(jnp.clip(value, 0, 1) * jnp.asarray(size, value.dtype))
         return Density(value, jnp.minimum(count.astype(jnp.int32), size))
     number = float(np.asarray(density))
@@ -143,7 +143,7 @@ def _prune_magnitude(tensor: Array, count: Array) -> Array:
 @jax.jit
 def _prune_random(tensor: Array, density: Array, rescale: Array, key: Array) -> Array:
     # Divided in float32 at least, as torch does for half types.
-    wide = jnp.promote_types(tensor.dtype, jnp.float32)
+    wide = promote(tensor.dtype, jnp.float32)
     dividing = rescale & (density > 0) & (density < 1)
     divisor = jnp.where(dividing, density, jnp.ones_like(density)).astype(wide)
     scaled = round_to(tensor.astype(wide) / divisor, tensor.dtype)

@@ -39,9 +39,7 @@ def check_target(path: Path, force: bool, marker: str) -> None:
         raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
 
 
-def write_folder(
-    path: Path, files: Mapping[str, bytes], *, force: bool, marker: str, owned: Collection[str]
-) -> None:
+def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool, marker: str, owned: Collection[str]) -> None:
     """Writes a folder of files, atomically.
 
     Args:
@@ -91,9 +89,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _write_unnamed(
-    folder: Path, files: Mapping[str, bytes], stack: contextlib.ExitStack
-) -> dict[str, int] | None:
+def _write_unnamed(folder: Path, files: Mapping[str, bytes], stack: contextlib.ExitStack) -> dict[str, int] | None:
     """Writes files that have no name yet; None where the file system does not know such files."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:

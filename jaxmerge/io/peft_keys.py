@@ -26,7 +26,10 @@ _ROLES: Sequence[tuple[str, re.Pattern[str]]] = [
 
 # Keys that change what B·A means, and what they belong to.
 _FOREIGN: Sequence[tuple[str, str]] = [
-    ("lora_magnitude_vector", "DoRA: its magnitudes multiply the whole weight, so its change is not scale·B·A"),
+    (
+        "lora_magnitude_vector",
+        "DoRA: its magnitudes multiply the whole weight, so its change is not scale·B·A",
+    ),
     ("lora_diag", "KaSA: a diagonal stands between B and A"),
     ("lora_velora", "VeLoRA"),
     ("lora_monteclora", "MonteCLoRA"),

@@ -74,7 +74,7 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises whatever the broken pickle provokes.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: torch will not load it as weights: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):

@@ -5,7 +5,6 @@ Every problem is gathered and all are told together.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxmerge.base import Adapter, Array, Energy, LoRA
+from jaxmerge.base import Adapter, Array, Energy, LoRA, promote
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
 from jaxmerge.extras import Extras, merge_extras
 from jaxmerge.io import combine_metadata
@@ -80,7 +79,7 @@ class Plan:
         for weight, adapter in zip(self.weights, self.adapters, strict=True):
             lora = adapter.modules.get(path)
             if lora is not None and lora.bias is not None:
-                wide = jnp.promote_types(dtype, jnp.float32)
+                wide = promote(dtype, jnp.float32)
                 term = jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
                 total = term if total is None else total + term
         return None if total is None else total.astype(dtype)
@@ -105,11 +104,9 @@ class Step:
     def run(self) -> dict[str, tuple[LoRA, Energy]]:
         """Merges the modules: path -> factors and what their truncation lost."""
         with self._precision():
-            a, b, energy = merge_stack(*self._arguments())
-            return {
-                path: (LoRA(a[i], b[i], 1.0), Energy(energy.total[i], energy.lost[i]))
-                for i, path in enumerate(self.paths)
-            }
+            merged = merge_stack(*self._arguments())
+            a, b, total, lost = map(_unstack, jax.tree.leaves(merged))
+            return {path: (LoRA(a[i], b[i]), Energy(total[i], lost[i])) for i, path in enumerate(self.paths)}
 
     def lower(self) -> jax.stages.Lowered:
         """The program, not yet compiled."""
@@ -124,20 +121,21 @@ class Step:
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
         present = [i for i, adapter in enumerate(plan.adapters) if paths[0] in adapter.modules]
         loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
-        weights = _stack([_number(plan.weights[i], wide) for i in present])
         inputs = Inputs(
             a=tuple(_stack([lora.a for lora in row]) for row in loras),
             b=tuple(_stack([lora.b for lora in row]) for row in loras),
-            scales=jnp.stack([_stack([_number(lora.scale, wide) for lora in row]) for row in loras], axis=1),
-            weights=jnp.broadcast_to(weights, (len(paths), len(present))),
+            scales=_table([[lora.scale for lora in row] for row in loras], wide),
+            weights=_table([[plan.weights[i]] * len(paths) for i in present], wide),
             keys=None if plan.key is None else _module_keys(plan.key, paths, present),
         )
         return plan.program, self.bucket, inputs, bind_numbers(plan.program, self.bucket, plan.numbers)
 
 
-def _number(value: ArrayLike, dtype: str) -> Any:
-    """A scalar in the given dtype, left on the host if it is there."""
-    return jnp.asarray(value, dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
+    """``[L, n]`` from n rows of L numbers, put together on the host if they are there."""
+    if any(isinstance(value, jax.Array) for row in rows for value in row):
+        return jnp.stack([jnp.stack([jnp.asarray(value, dtype) for value in row]) for row in rows], axis=1)
+    return jnp.asarray(np.asarray(rows, dtype).T)
 
 
 def _stack(arrays: Sequence[Any]) -> Array:
@@ -145,6 +143,13 @@ def _stack(arrays: Sequence[Any]) -> Array:
     if all(isinstance(array, np.ndarray) for array in arrays):
         return jnp.asarray(np.stack(arrays))
     return jnp.stack([jnp.asarray(array) for array in arrays])
+
+
+def _unstack(array: Array) -> list[Array]:
+    """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
+    if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+        return list(array)
+    return [jnp.asarray(entry) for entry in np.asarray(array)]
 
 
 def _module_keys(key: Array, paths: Sequence[str], present: Sequence[int]) -> Array:
@@ -250,9 +255,7 @@ def _method_and_space(method: str | None, space: str | None, combination_type: s
         if method is not None or space is not None:
             raise ValueError("combination_type names a method and a space: leave method and space out")
         if combination_type not in COMBINATION_TYPES:
-            raise ValueError(
-                f"unknown combination_type {combination_type!r}: there are {', '.join(COMBINATION_TYPES)}"
-            )
+            raise ValueError(f"unknown combination_type {combination_type!r}: there are {', '.join(COMBINATION_TYPES)}")
         row = COMBINATION_TYPES[combination_type]
         return row.method, row.space
     method = "linear" if method is None else method
@@ -403,7 +406,7 @@ def _buckets(
         most = max(most, capacity)
         natural = min(max(ranks), capacity) if form.full_rank else capacity
         dtypes = tuple(str(leaf.dtype) for lora in loras for leaf in (lora.a, lora.b))
-        own = functools.reduce(jnp.promote_types, [jnp.dtype(name) for name in dtypes])
+        own = promote(*dtypes)
         chosen = natural if wanted is None else min(int(wanted), capacity)
         bucket = Bucket(features, ranks, loras[0].batch, dtypes, chosen, dtype or str(own))
         buckets.setdefault(bucket, []).append(path)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmerge import spaces
-from jaxmerge.base import Array, Energy
+from jaxmerge.base import Array
 from jaxmerge.catalog import METHODS, SPACES, Method
 from jaxmerge.sharding import over_modules
 from jaxmerge.sparsify import Density, bind_density, round_to
@@ -116,15 +116,14 @@ def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, object]
         project, [shape((r, in_)) for r in bucket.ranks], [shape((out, r)) for r in bucket.ranks], shape((n,))
     )
     return [
-        {name: bind_density(value, math.prod(one.tasks.shape[1:])) for name, value in numbers.items()}
-        for one in sets
+        {name: bind_density(value, math.prod(one.tasks.shape[1:])) for name, value in numbers.items()} for one in sets
     ]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "bucket"))
 def merge_stack(
     program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
-) -> tuple[Array, Array, Energy]:
+) -> spaces.Lifted:
     """Merges L modules of one bucket.
 
     Args:
@@ -151,22 +150,18 @@ def merge_stack(
             default=functools.partial(jax.lax.map, merge_one, batch_size=bucket.modules_at_once),
         )
 
-    a, b, energy = over_modules(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
+    lifted = over_modules(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
+    a, b = (x.reshape(-1, *bucket.batch, *x.shape[1:]) for x in (lifted.a, lifted.b))
     layers = math.prod(bucket.batch)
-    return (
-        a.reshape(-1, *bucket.batch, *a.shape[1:]),
-        b.reshape(-1, *bucket.batch, *b.shape[1:]),
-        jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers), axis=1), energy),
-    )
+    energy = jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers), axis=1), lifted.energy)
+    return spaces.Lifted(a, b, energy)
 
 
 def _merge_module(
     program: Program, bucket: Bucket, one: Inputs, numbers: Sequence[Mapping[str, Density]]
 ) -> spaces.Lifted:
     """``lift ∘ method ∘ project`` for one unbatched module: `Inputs` without the axis L."""
-    factors = spaces.Factors(
-        [a.astype(bucket.wide) for a in one.a], [b.astype(bucket.wide) for b in one.b], one.scales
-    )
+    factors = spaces.Factors([a.astype(bucket.wide) for a in one.a], [b.astype(bucket.wide) for b in one.b], one.scales)
     if program.stacks(bucket.ranks, bucket.rank):
         return spaces.stack(factors, one.weights)
     method, form = program.row.load(), program.form

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Array
+from jaxmerge.base import Array, promote
 from jaxmerge.consensus import stacked
 from jaxmerge.sparsify import as_floating, round_to
 
@@ -34,9 +34,7 @@ def stack_tasks(task_tensors: Tasks) -> Array:
         raise ValueError("expected at least one task tensor, got none")
     if len({array.shape for array in arrays}) > 1:
         raise ValueError(f"task tensors differ in shape: {', '.join(str(a.shape) for a in arrays)}")
-    dtype = arrays[0].dtype
-    for array in arrays[1:]:
-        dtype = jnp.promote_types(dtype, array.dtype)
+    dtype = promote(*[array.dtype for array in arrays])
     return jnp.stack([array.astype(dtype) for array in arrays])
 
 
@@ -75,7 +73,7 @@ def weigh(tasks: Array, weights: Array) -> Array:
     Returns:
         ``[n, ...]``.
     """
-    dtype = jnp.promote_types(tasks.dtype, weights.dtype)
+    dtype = promote(tasks.dtype, weights.dtype)
     shape = weights.shape + (1,) * (tasks.ndim - 1)
     return round_to(weights.astype(dtype).reshape(shape) * tasks.astype(dtype), dtype)
 
