@@ -72,7 +72,7 @@ class Energy:
         """The fraction kept, in [0, 1]; 1 for a merge that is zero everywhere."""
         total, lost = _known(self.total), _known(self.lost)
         # With NumPy where values are known: nothing to compile for a number in a report.
-        xp = jnp if isinstance(total, jax.core.Tracer) else np
+        xp = np if has_values(total) else jnp
         return xp.where(total > 0, 1 - lost / xp.where(total > 0, total, 1), 1.0)  # type: ignore[return-value]
 
 
@@ -157,6 +157,11 @@ def energy_kept(adapter: Adapter) -> Array:
     ).kept
 
 
+def has_values(leaf: Any) -> bool:
+    """Whether a leaf's values are known now: it is neither traced nor a mere shape."""
+    return not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
 def _known(number: Array | float) -> Any:
     """A number on the host, unless it is traced."""
-    return number if isinstance(number, jax.core.Tracer) else np.asarray(number)
+    return np.asarray(number) if has_values(number) else number

@@ -218,7 +218,10 @@ def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str,
 
 
 def _role(key: str) -> tuple[str, str, str | None]:
-    """A key's role, its module path (for an extra its own name, for a foreign key what it is), and the adapter's name."""
+    """A key's role, its module path, and the adapter's name in it.
+
+    In place of the path: for an extra its own name, for a foreign key what it belongs to.
+    """
     for role, pattern in _ROLES:
         match = pattern.match(key)
         if match is None:

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 from jaxmerge.base import Adapter, Array
 from jaxmerge.extras import Extras
-from jaxmerge.merging.plan import Weights, plan_merge
+from jaxmerge.merging.checks import Weights
+from jaxmerge.merging.plan import plan_merge
 
 __all__ = ["lower", "merge", "plan_merge"]
 

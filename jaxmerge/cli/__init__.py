@@ -1,0 +1,110 @@
+"""The command line: parse and call. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Those of the process if None.
+
+    Returns:
+        The exit code: 0, or 1 for a problem with the inputs. A usage error exits with 2.
+    """
+    options = build_parser().parse_args(arguments)
+    command = importlib.import_module(f"jaxmerge.cli.{options.command}")
+    try:
+        code = command.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away, as in `jaxmerge inspect A | head`: nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("jaxmerge: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, with the methods' own options from their rows."""
+    parser = argparse.ArgumentParser(
+        prog="jaxmerge", description="Merge LoRA adapters exactly, without the base model."
+    )
+    version = importlib.metadata.version("jaxmerge")
+    parser.add_argument("--version", action="version", version=f"jaxmerge {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_merge(commands.add_parser("merge", help="merge adapters into one", description=_MERGE))
+    inspect = commands.add_parser("inspect", help="say what is in adapters", description=_INSPECT)
+    inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
+    methods = commands.add_parser("methods", help="list methods, spaces and PEFT's combination types")
+    for command in (inspect, methods):
+        _add_json(command)
+    return parser
+
+
+_MERGE = (
+    "Merge LoRA adapters of one base model into one adapter. Without options the result is the exact mean of "
+    "their weight changes."
+)
+_INSPECT = "Say what is in adapters: modules, ranks, scales, dtypes, norms; what cannot be merged, and why."
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    # Weights may be negative and in scientific notation, which argparse takes for options.
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folders, in order")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    how = parser.add_argument_group("how to merge")
+    how.add_argument("--method", choices=list(METHODS), metavar="M", help=f"{', '.join(METHODS)} (linear)")
+    how.add_argument("--space", choices=list(SPACES), metavar="S", help=f"{', '.join(SPACES)} (the method's own)")
+    how.add_argument(
+        "--combination-type",
+        choices=list(COMBINATION_TYPES),
+        metavar="T",
+        help=f"one of PEFT's, in place of method and space: {', '.join(COMBINATION_TYPES)}",
+    )
+    how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per adapter, any sign (equal)")
+    how.add_argument("--rank", type=int, metavar="R", help="rank of the result (exact where there is such a rank)")
+    how.add_argument("--seed", type=_seed, metavar="N", help="for methods that draw; N is jax.random.key(N)")
+    for name, hyperparameter in {h.name: h for row in METHODS.values() for h in row.hyperparameters}.items():
+        users = [method for method, row in METHODS.items() if name in {h.name for h in row.hyperparameters}]
+        how.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float if hyperparameter.kind == "density" else str,
+            choices=hyperparameter.choices or None,
+            help=f"{hyperparameter.help} [{', '.join(users)}]",
+        )
+    what = parser.add_argument_group("what is written")
+    what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
+    what.add_argument("--format", choices=["peft"], help="of the result (the first adapter's)")
+    what.add_argument(
+        "--extras",
+        default="same",
+        metavar="same|average|ADAPTER",
+        help="tensors that are not LoRA factors, where adapters differ: refuse, average, or take those of one "
+        "adapter, named as on the command line or by its number from 1 (same)",
+    )
+    what.add_argument("--allow-different-bases", action="store_true", help="merge across base models")
+    what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2**32 - 1, got {text}")
+    return seed

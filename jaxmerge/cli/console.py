@@ -1,0 +1,82 @@
+"""What commands print: tables for people, JSON for machines, problems, and a progress bar."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# As wide as the terminal; wide enough for any path where the output goes into a file or a pipe.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> Table:
+    """A plain table.
+
+    Args:
+        columns: Heading and justification, ``"left"`` or ``"right"``.
+        rows: One cell per column.
+
+    Returns:
+        The table, to be printed.
+    """
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading, justify in columns:
+        made.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        made.add_row(*[escape(str(cell)) for cell in row])
+    return made
+
+
+def escape(text: str) -> str:
+    """Text with nothing in it that is markup."""
+    return text.replace("[", r"\[")
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def report_problems(problems: Sequence[str], as_json: bool) -> int:
+    """Tells what is wrong with the inputs, a line each; returns the exit code 1."""
+    if as_json:
+        print_json({"ok": False, "problems": list(problems)})
+    for problem in problems:
+        sys.stderr.write(f"jaxmerge: {problem}\n")
+    return 1
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Any]:
+    """A progress bar on standard error, if that is a terminal; yields a function that advances it."""
+    console = Console(stderr=True)
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda steps=1: bar.advance(task, steps)
+
+
+def pattern(path: str) -> str:
+    """A module path with its numbers starred, so that layers of one kind share it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent. Never 100 for something that is less."""
+    if fraction >= 1:
+        return "100 %"
+    return f"{min(100 * fraction, 99.9999):.6g} %" if fraction > 0.999 else f"{100 * fraction:.1f} %"
+
+
+def span(values: Iterable[float], digits: int = 4) -> str:
+    """One number, or the smallest and the largest of several."""
+    shown = sorted(set(values))
+    ends = [f"{value:.{digits}g}" for value in (shown[0], shown[-1])]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"

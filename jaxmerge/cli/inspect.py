@@ -1,0 +1,115 @@
+"""``jaxmerge inspect``: what is in adapters, and what cannot be merged."""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmerge.base import Adapter, Metadata
+from jaxmerge.cli.console import escape, out, pattern, print_json, report_problems, span, table
+from jaxmerge.io import peft
+from jaxmerge.io.peft_keys import Layout, natural_order
+from jaxmerge.merging.checks import nonfinite_modules
+from jaxmerge.metrics import norms
+
+
+def run(options: argparse.Namespace) -> int:
+    """Describes every path; exits with 1 if one cannot be read at all."""
+    described, problems = [], []
+    for path in options.adapters:
+        try:
+            described.append(describe(Path(path)))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if options.json:
+        print_json({"ok": not problems, "adapters": described, "problems": problems})
+        return 1 if problems else 0
+    for description in described:
+        _print(description)
+    return report_problems(problems, as_json=False) if problems else 0
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What is in an adapter, as JSON holds it.
+
+    Raises:
+        ValueError: If its files are missing or broken.
+    """
+    headers = peft.read_headers(path)
+    contents = headers.contents
+    description: dict[str, Any] = {
+        "path": str(path),
+        "format": "peft",
+        "file": str(headers.weights),
+        "base_model": headers.config.get("base_model_name_or_path"),
+        "peft_type": headers.config.get("peft_type"),
+        "tensors": len(headers.tensors),
+        "parameters": int(sum(np.prod(tensor.shape, dtype=np.int64) for tensor in headers.tensors.values())),
+        "cannot_be_merged": list(contents.problems),
+        "modules": {},
+        "extras": {},
+    }
+    if contents.problems:
+        return description
+    adapter = peft.load(path)
+    if adapter.metadata.own_base:
+        description["cannot_be_merged"].append(adapter.metadata.own_base)
+    broken = nonfinite_modules(adapter)
+    description["cannot_be_merged"] += [f"module {module} holds NaN or inf" for module in broken]
+    description["sha256"] = json.loads(adapter.metadata.provenance)["sha256"]
+    description["modules"] = _modules(adapter, adapter.metadata)
+    description["extras"] = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in adapter.extras.items()
+    }
+    return description
+
+
+def _modules(adapter: Adapter, metadata: Metadata) -> dict[str, Any]:
+    layouts = dict(metadata.layouts)
+    with np.errstate(all="ignore"):
+        norm = {path: value if np.isfinite(value) else None for path, value in _norms(adapter).items()}
+    return {
+        path: {
+            "kind": layouts.get(path, Layout()).kind,
+            "out": lora.features[0],
+            "in": lora.features[1],
+            "rank": lora.rank,
+            "scale": lora.scale,
+            "dtype": str(lora.a.dtype),
+            "bias": lora.bias is not None,
+            "norm": norm[path],
+        }
+        for path, lora in sorted(adapter.modules.items(), key=lambda item: natural_order(item[0]))
+    }
+
+
+def _norms(adapter: Adapter) -> dict[str, float]:
+    broken = set(nonfinite_modules(adapter))
+    sound = {path: lora for path, lora in adapter.modules.items() if path not in broken}
+    return {**dict.fromkeys(broken, float("nan")), **norms(Adapter(sound))}
+
+
+def _print(description: dict[str, Any]) -> None:
+    out.print(f"[bold]{escape(description['path'])}[/bold]  {description['parameters']:,} parameters")
+    out.print(f"base model: {escape(str(description['base_model']))}")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for path, module in description["modules"].items():
+        shape = f"{module['out']}×{module['in']}"
+        groups[pattern(path), module["kind"], shape, module["rank"], module["scale"], module["dtype"]].append(module)
+    if groups:
+        left, right = ["module", "kind", "dtype"], ["out×in", "rank", "scale", "count", "norm of the change"]
+        headings = [(name, "left") for name in left] + [(name, "right") for name in right]
+        rows = []
+        for (path, kind, shape, rank, scale, dtype), members in groups.items():
+            finite = [member["norm"] for member in members if member["norm"] is not None]
+            norm = span(finite) if len(finite) == len(members) else "NaN or inf"
+            rows.append((path, kind, dtype, shape, rank, f"{scale:.4g}", len(members), norm))
+        out.print(table(headings, rows))
+    if description["extras"]:
+        out.print(f"not LoRA factors: {escape(', '.join(description['extras']))}")
+    for problem in description["cannot_be_merged"]:
+        out.print(f"[yellow]cannot be merged:[/yellow] {escape(problem)}")
+    out.print()

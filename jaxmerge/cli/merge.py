@@ -1,0 +1,255 @@
+"""``jaxmerge merge``: check everything, merge, write, and say what was lost."""
+
+import argparse
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmerge import io
+from jaxmerge.base import Adapter, energy_kept
+from jaxmerge.catalog import METHODS
+from jaxmerge.cli.console import escape, out, pattern, percent, print_json, progress, report_problems, span, table
+from jaxmerge.io import atomic, peft
+from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.merging.plan import plan_merge
+from jaxmerge.metrics import energy_at_rank, squared_singular_values
+
+
+def run(options: argparse.Namespace) -> int:
+    """Merges; returns 1, with nothing written, if something is wrong with the inputs."""
+    paths = [Path(path) for path in options.adapters]
+    try:
+        problems = header_problems(options, paths)
+        if problems:
+            return report_problems(problems, options.json)
+        adapters = []
+        with progress("reading", len(paths)) as advance:
+            for path in paths:
+                adapters.append(io.load(path))
+                advance()
+        problems = twins(adapters)
+        if problems:
+            return report_problems(problems, options.json)
+        plan = plan_merge(adapters, options.weights, **merge_arguments(options))
+        steps = plan.steps()
+        results = []
+        with progress("merging", sum(len(step.paths) for step in steps)) as advance:
+            for step in steps:
+                results.append(jax.block_until_ready(step.run()))
+                advance(len(step.paths))
+        merged = plan.finish(results)
+        peft.save(merged, Path(options.output), force=options.force, seed=options.seed)
+    except ValueError as error:
+        return report_problems(str(error).splitlines(), options.json)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return report_problems([f"{where}{error.strerror or error}; nothing was written"], options.json)
+    except MemoryError:
+        return report_problems(["out of memory; nothing was written"], options.json)
+    summary = summarise(options, adapters, merged)
+    if options.json:
+        print_json(summary)
+    else:
+        _print(summary)
+    return 0
+
+
+def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as arguments of `jaxmerge.merge`."""
+    names = {h.name for row in METHODS.values() for h in row.hyperparameters}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {
+        "method": options.method,
+        "space": options.space,
+        "combination_type": options.combination_type,
+        "rank": options.rank,
+        "dtype": options.dtype,
+        "key": None if options.seed is None else jax.random.key(options.seed),
+        "extras": _extras(options),
+        "allow_different_bases": options.allow_different_bases,
+        **given,
+    }
+
+
+def _extras(options: argparse.Namespace) -> str | int:
+    chosen = options.extras
+    if chosen in ("same", "average"):
+        return chosen
+    if chosen in options.adapters:
+        return options.adapters.index(chosen)
+    if chosen.isdecimal() and 1 <= int(chosen) <= len(options.adapters):
+        return int(chosen) - 1
+    raise ValueError(f"--extras {chosen}: give same, average, one of the adapters, or its number from 1")
+
+
+def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]:
+    """Everything that can be known to be wrong before a weight is read."""
+    problems, peeked = [], []
+    for path in paths:
+        try:
+            peeked.append(io.peek(path))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    output = Path(options.output)
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            problems.append(f"{path}: is given twice; one weight for it says the same")
+        if path.exists() and output.exists() and peft_folder(path) == output.resolve():
+            problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
+    if options.density is not None and not 0 < options.density <= 1:
+        problems.append(f"--density {options.density:g} is not in (0, 1]")
+    try:
+        atomic.check_target(output, options.force, peft.CONFIG)
+    except ValueError as error:
+        problems.append(str(error))
+    complete = len(peeked) == len(paths)
+    if not complete and options.weights is not None and len(options.weights) != len(paths):
+        problems.append(f"{len(options.weights)} weights for {len(paths)} adapters: give one weight per adapter")
+    if peeked:
+        try:
+            arguments = merge_arguments(options)
+            if not complete:  # The rest can still be compared with each other.
+                arguments |= {"extras": "average", "rank": None}
+            if options.density is not None and not options.density > 0:
+                arguments["density"] = 1.0  # Told above.
+            plan_merge(peeked, options.weights if complete else None, **arguments)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return problems
+
+
+def peft_folder(path: Path) -> Path | None:
+    """The folder the adapter's files lie in, resolved; None if there is none."""
+    try:
+        return peft.find_folder(path).resolve()
+    except ValueError:
+        return None
+
+
+def twins(adapters: list[Adapter]) -> list[str]:
+    """Adapters with the same tensors and scales under two paths."""
+    seen: dict[tuple[Any, ...], str] = {}
+    problems = []
+    for adapter in adapters:
+        source = json.loads(adapter.metadata.provenance)
+        scales = tuple((path, lora.scale) for path, lora in adapter.modules.items())
+        first = seen.setdefault((source["sha256"], scales), source["path"])
+        if first != source["path"]:
+            problems.append(f"{source['path']}: is the same adapter as {first}; one weight for it says the same")
+    return problems
+
+
+def summarise(options: argparse.Namespace, adapters: list[Adapter], merged: Adapter) -> dict[str, Any]:
+    """What was done and what it cost, as JSON holds it."""
+    record = json.loads(merged.metadata.provenance)
+    kept = float(energy_kept(merged))
+    summary = {
+        "ok": True,
+        "output": options.output,
+        **{name: record[name] for name in ("method", "space", "combination_type", "hyperparameters")},
+        "seed": options.seed,
+        "inputs": [
+            {**source, "weight": weight, "ranks": sorted({lora.rank for lora in adapter.modules.values()})}
+            for source, weight, adapter in zip(record["inputs"], record["weights"], adapters, strict=True)
+        ],
+        "energy_kept": kept,
+        "modules": {
+            path: {
+                "out": lora.features[0],
+                "in": lora.features[1],
+                "rank": lora.rank,
+                "sources": [i + 1 for i, adapter in enumerate(adapters) if path in adapter.modules],
+                "energy_kept": float(merged.energy[path].kept),
+            }
+            for path, lora in sorted(merged.modules.items(), key=lambda item: natural_order(item[0]))
+        },
+        "extras": {
+            name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
+        },
+    }
+    return summary | {"remarks": _remarks(options, adapters, merged, kept)}
+
+
+def _remarks(options: argparse.Namespace, adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]:
+    """What the user should know of the ranks, and of approximations."""
+    record = json.loads(merged.metadata.provenance)
+    remarks = []
+    ranks = Counter(lora.rank for lora in merged.modules.values())
+    rank = ranks.most_common(1)[0][0]
+    largest = max(lora.rank for adapter in adapters for lora in adapter.modules.values())
+    if record["space"] == "factors" and len(adapters) > 1:
+        remarks.append(
+            "space factors is an approximation: products of one adapter's B and another's A come in; "
+            "the exact choice is --method linear in space full"
+        )
+    elif METHODS[record["method"]].linear and kept == 1:
+        origin = _sum_of_ranks(adapters, merged, rank)
+        remarks.append(f"rank {rank}{origin}, exact")
+        if rank > largest:
+            spectra = {path: squared_singular_values(lora) for path, lora in merged.modules.items()}
+            at_largest = energy_at_rank(spectra, largest)
+            remarks[-1] += f"; --rank {largest} keeps {percent(at_largest)} of the energy"
+    if kept < 1:
+        exact = max(
+            sum(adapter.modules[path].rank for adapter in adapters if path in adapter.modules)
+            for path in merged.modules
+        )
+        more = f"the exact rank is {exact}" if METHODS[record["method"]].linear else "a higher --rank keeps more"
+        remarks.append(f"rank {rank} keeps {percent(kept)} of the energy; {more}")
+    if len(ranks) > 1:
+        remarks.append(f"ranks differ between modules: {span(ranks)}")
+    some = [name for name in merged.extras if not all(name in adapter.extras for adapter in adapters)]
+    if merged.extras:
+        remarks.append(f"passed on beside the factors: {', '.join(merged.extras)}")
+    if some:
+        remarks.append(f"only some adapters hold: {', '.join(some)}")
+    return remarks
+
+
+def _sum_of_ranks(adapters: list[Adapter], merged: Adapter, rank: int) -> str:
+    path = next(path for path, lora in merged.modules.items() if lora.rank == rank)
+    ranks = [adapter.modules[path].rank for adapter in adapters if path in adapter.modules]
+    if len(ranks) == 1 or sum(ranks) != rank:
+        return ""
+    same = len(set(ranks)) == 1
+    return f" = {len(ranks)}×{ranks[0]}" if same else f" = {'+'.join(map(str, ranks))}"
+
+
+def _print(summary: dict[str, Any]) -> None:
+    settings = {"method": summary["method"], "space": summary["space"], **summary["hyperparameters"]}
+    if summary["combination_type"]:
+        settings = {"combination_type": summary["combination_type"], **settings}
+    if summary["seed"] is not None:
+        settings["seed"] = summary["seed"]
+    out.print(f"[bold]{escape(summary['output'])}[/bold]  " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    out.print()
+    inputs = [
+        (i + 1, source["path"], f"{source['weight']:g}", span(source["ranks"]), source["sha256"][:12])
+        for i, source in enumerate(summary["inputs"])
+    ]
+    out.print(
+        table([("", "right"), ("adapter", "left"), ("weight", "right"), ("rank", "right"), ("sha256", "left")], inputs)
+    )
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for path, module in summary["modules"].items():
+        sources = "all" if len(module["sources"]) == len(inputs) else ", ".join(map(str, module["sources"]))
+        key = pattern(path), f"{module['out']}×{module['in']}", module["rank"], sources
+        groups[key].append(module["energy_kept"])
+    rows = [(*group, len(kept), _kept(kept)) for group, kept in groups.items()]
+    headings = [("module", "left"), ("out×in", "right"), ("rank", "right"), ("from", "left"),
+                ("count", "right"), ("energy kept", "right")]  # fmt: skip
+    out.print(table(headings, rows))
+    for remark in summary["remarks"]:
+        style = "yellow" if ("keeps" in remark and "exact;" not in remark) or "approximation" in remark else "none"
+        out.print(escape(remark), style=style)
+
+
+def _kept(fractions: list[float]) -> str:
+    low, high = percent(min(fractions)), percent(max(fractions))
+    return low if math.isclose(min(fractions), max(fractions)) or low == high else f"{low} … {high}"

@@ -1,0 +1,167 @@
+"""What can be wrong with a merge. Checks gather problems, so that all can be told together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxmerge.base import Adapter, Array, has_values
+from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
+from jaxmerge.sparsify import bind_density
+
+Weights = Sequence[ArrayLike] | Array | None
+
+
+def all_paths(adapters: Sequence[Adapter]) -> list[str]:
+    """Every module that some adapter has, in the order of the adapters."""
+    return list(dict.fromkeys(path for adapter in adapters for path in adapter.modules))
+
+
+def adapter_name(adapters: Sequence[Adapter], index: int) -> str:
+    """What messages call an adapter: its path, or its place in the list."""
+    return adapters[index].metadata.name or f"adapter {index + 1}"
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises one ValueError with all problems, a line each, if there are any."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def listing(names: Sequence[str], most: int = 8) -> str:
+    """Names in a row; of many, the first few and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def method_and_space(method: str | None, space: str | None, combination_type: str | None) -> tuple[str, str]:
+    """The cell of the grid that is asked for; a ValueError if there is none."""
+    if combination_type is not None:
+        if method is not None or space is not None:
+            raise ValueError("combination_type names a method and a space: leave method and space out")
+        if combination_type not in COMBINATION_TYPES:
+            raise ValueError(f"unknown combination_type {combination_type!r}: there are {', '.join(COMBINATION_TYPES)}")
+        row = COMBINATION_TYPES[combination_type]
+        return row.method, row.space
+    method = "linear" if method is None else method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: there are {', '.join(METHODS)}")
+    space = METHODS[method].space if space is None else space
+    if space not in SPACES:
+        raise ValueError(f"unknown space {space!r}: there are {', '.join(SPACES)}")
+    return method, space
+
+
+def hyperparameter_problems(method: str, given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a method's hyperparameters."""
+    known = {h.name: h for h in METHODS[method].hyperparameters}
+    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+    problems = [f"method {method} has no hyperparameter {name}: {takes}" for name in given if name not in known]
+    for name, hyperparameter in known.items():
+        problems += _hyperparameter_problem(method, hyperparameter, given.get(name, hyperparameter.default))
+    return problems
+
+
+def _hyperparameter_problem(method: str, hyperparameter: Hyperparameter, value: Any) -> list[str]:
+    name = hyperparameter.name
+    if value is None:
+        return [f"method {method} needs {name}: {hyperparameter.help}"]
+    if hyperparameter.kind == "choice" and value not in hyperparameter.choices:
+        return [f"{name} {value!r} is not one of {', '.join(hyperparameter.choices)}"]
+    if hyperparameter.kind == "density":
+        try:
+            bind_density(value, 1)
+        except ValueError as error:
+            return [str(error)]
+    return []
+
+
+def checked_weights(weights: Weights, n: int, averages: bool, problems: list[str]) -> list[ArrayLike]:
+    """The weights, one per adapter; what is wrong with them is added to the problems."""
+    if weights is None:
+        return [1.0 if averages else 1.0 / n] * n
+    if isinstance(weights, jax.Array | np.ndarray) and weights.ndim != 1:
+        problems.append(f"weights must be one number per adapter, got an array of shape {weights.shape}")
+        return [0.0] * n
+    weights = list(weights)
+    if len(weights) != n:
+        problems.append(f"{len(weights)} weights for {n} adapters: give one weight per adapter")
+    for weight in weights:
+        if has_values(weight) and not np.isfinite(np.asarray(weight, np.float64)).all():
+            problems.append(f"weight {float(np.asarray(weight))} is not a finite number")
+    return [weight if isinstance(weight, jax.Array) else float(weight) for weight in weights]  # type: ignore[arg-type]
+
+
+def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Modules whose shapes differ between adapters, or whose factors do not fit each other."""
+    problems = []
+    for path in all_paths(adapters):
+        seen: dict[tuple[Any, ...], list[str]] = {}
+        for index, adapter in enumerate(adapters):
+            if path not in adapter.modules:
+                continue
+            lora, name = adapter.modules[path], adapter_name(adapters, index)
+            if lora.b.shape[-1] != lora.rank or lora.b.shape[:-2] != lora.batch:
+                problems.append(f"{name}: factors of {path} do not match: a {lora.a.shape}, b {lora.b.shape}")
+            seen.setdefault((*lora.batch, *lora.features), []).append(name)
+        if len(seen) > 1:
+            shapes = "; ".join(f"{'×'.join(map(str, shape))} in {', '.join(who)}" for shape, who in seen.items())
+            problems.append(f"module {path} has different shapes: {shapes}")
+    return problems
+
+
+def base_problems(adapters: Sequence[Adapter], allow: bool) -> list[str]:
+    """Whether the adapters belong to different base models."""
+    if allow or len(adapters) == 1:
+        return []
+    bases: dict[str, list[str]] = {}
+    problems = []
+    for index, adapter in enumerate(adapters):
+        name = adapter_name(adapters, index)
+        if adapter.metadata.base_model:
+            bases.setdefault(adapter.metadata.base_model, []).append(name)
+        if adapter.metadata.own_base:
+            problems.append(f"{name}: {adapter.metadata.own_base}")
+    if len(bases) > 1:
+        listed = "; ".join(f"{base} ({', '.join(names)})" for base, names in bases.items())
+        problems.append(f"the adapters name different base models: {listed}")
+    return [f"{problem} (--allow-different-bases, allow_different_bases=True, overrides this)" for problem in problems]
+
+
+def value_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Adapters with a NaN or inf in them."""
+    problems = []
+    for index, adapter in enumerate(adapters):
+        bad = nonfinite_modules(adapter)
+        if bad:
+            problems.append(f"{adapter_name(adapters, index)}: NaN or inf in {listing(bad)}")
+    return problems
+
+
+def nonfinite_modules(adapter: Adapter) -> list[str]:
+    """The modules with a NaN or inf in them, as far as values are known now."""
+    return [
+        path
+        for path, lora in adapter.modules.items()
+        if not all(_finite(leaf) for leaf in (lora.a, lora.b, lora.scale, lora.bias) if leaf is not None)
+    ]
+
+
+def _finite(leaf: ArrayLike) -> bool:
+    if not has_values(leaf):
+        return True
+    if isinstance(leaf, jax.Array):
+        return bool(_all_finite(leaf))
+    # A sum is finite if all terms are, but for overflow: the cheap pass first.
+    with np.errstate(all="ignore"):
+        array = np.asarray(leaf)
+        array = array.astype(np.float32) if array.dtype.itemsize == 2 else array
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+
+
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()

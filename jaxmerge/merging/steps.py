@@ -1,0 +1,153 @@
+"""A checked merge, cut into steps: stacks of modules that are merged in one call."""
+
+import contextlib
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxmerge.base import Adapter, Array, Energy, LoRA, promote
+from jaxmerge.merging import lapack
+from jaxmerge.merging.checks import all_paths
+from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
+from jaxmerge.sharding import device_count
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A merge that has been checked and not yet run.
+
+    Attributes:
+        program: The method and its space.
+        adapters: In the user's order.
+        weights: One per adapter.
+        numbers: The numeric hyperparameters.
+        key: For a method that draws.
+        buckets: The modules of each bucket.
+        rest: The merged adapter without its modules.
+    """
+
+    program: Program
+    adapters: Sequence[Adapter]
+    weights: Sequence[ArrayLike]
+    numbers: Mapping[str, Any]
+    key: Array | None
+    buckets: Mapping[Bucket, Sequence[str]]
+    rest: Adapter
+
+    def steps(self) -> list["Step"]:
+        """The stacks to merge: each bucket in parts of equal size, so that it compiles once."""
+        devices = device_count(self.program.mesh)
+        steps = []
+        for bucket, paths in self.buckets.items():
+            parts = math.ceil(len(paths) / (bucket.modules_at_once * devices))
+            size = math.ceil(len(paths) / parts)
+            padded = math.ceil(size / devices) * devices
+            steps += [Step(self, bucket, paths[i : i + size], padded) for i in range(0, len(paths), size)]
+        return steps
+
+    def finish(self, results: Sequence[Mapping[str, tuple[LoRA, Energy]]]) -> Adapter:
+        """The merged adapter, from the results of all steps."""
+        merged = {path: result for step in results for path, result in step.items()}
+        modules, energy = {}, {}
+        for path in all_paths(self.adapters):
+            lora, energy[path] = merged[path]
+            modules[path] = dataclasses.replace(lora, bias=self._bias(path, lora.a.dtype))
+        return dataclasses.replace(self.rest, modules=modules, energy=energy)
+
+    def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
+        """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
+        total = None
+        for weight, adapter in zip(self.weights, self.adapters, strict=True):
+            lora = adapter.modules.get(path)
+            if lora is not None and lora.bias is not None:
+                wide = promote(dtype, jnp.float32)
+                term = jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
+                total = term if total is None else total + term
+        return None if total is None else total.astype(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Modules of one bucket that are merged in one call.
+
+    Attributes:
+        plan: What they are part of.
+        bucket: What they share.
+        paths: The modules.
+        padded: How many the compiled program takes; the last one is repeated to fill it.
+    """
+
+    plan: Plan
+    bucket: Bucket
+    paths: Sequence[str]
+    padded: int
+
+    def run(self) -> dict[str, tuple[LoRA, Energy]]:
+        """Merges the modules: path -> factors and what their truncation lost."""
+        with self._precision(), lapack.single_threaded():
+            merged = jax.block_until_ready(merge_stack(*self._arguments()))
+            a, b, total, lost = map(_unstack, jax.tree.leaves(merged))
+            return {path: (LoRA(a[i], b[i]), Energy(total[i], lost[i])) for i, path in enumerate(self.paths)}
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program, not yet compiled."""
+        with self._precision():
+            return merge_stack.lower(*self._arguments())
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.enable_x64(True) if self.bucket.wide == "float64" else contextlib.nullcontext()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        plan, wide = self.plan, self.bucket.wide
+        paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
+        present = [i for i, adapter in enumerate(plan.adapters) if paths[0] in adapter.modules]
+        loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
+        inputs = Inputs(
+            a=tuple(_stack([lora.a for lora in row]) for row in loras),
+            b=tuple(_stack([lora.b for lora in row]) for row in loras),
+            scales=_table([[lora.scale for lora in row] for row in loras], wide),
+            weights=_table([[plan.weights[i]] * len(paths) for i in present], wide),
+            keys=None if plan.key is None else _module_keys(plan.key, paths, present),
+        )
+        return plan.program, self.bucket, inputs, bind_numbers(plan.program, self.bucket, plan.numbers)
+
+
+def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
+    """``[L, n]`` from n rows of L numbers, put together on the host if they are there."""
+    if any(isinstance(value, jax.Array) for row in rows for value in row):
+        return jnp.stack([jnp.stack([jnp.asarray(value, dtype) for value in row]) for row in rows], axis=1)
+    return jnp.asarray(np.asarray(rows, dtype).T)
+
+
+def _stack(arrays: Sequence[Any]) -> Array:
+    """Stacks on the host what lies on the host: one transfer instead of one per module."""
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        return jnp.asarray(np.stack(arrays))
+    return jnp.stack([jnp.asarray(array) for array in arrays])
+
+
+def _unstack(array: Array) -> list[Array]:
+    """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
+    if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+        return list(array)
+    return [jnp.asarray(entry) for entry in np.asarray(array)]
+
+
+def _module_keys(key: Array, paths: Sequence[str], present: Sequence[int]) -> Array:
+    """``[L, n]`` keys, from a stable hash of the path and the adapter's position: nothing else matters."""
+    hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    return _fold_keys(key, jnp.asarray(hashes), jnp.asarray(np.array(present, np.uint32)))
+
+
+@jax.jit
+def _fold_keys(key: Array, hashes: Array, positions: Array) -> Array:
+    fold = jax.random.fold_in
+    return jax.vmap(lambda h: jax.vmap(lambda i: fold(fold(key, h), i))(positions))(hashes)
