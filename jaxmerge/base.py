@@ -9,13 +9,14 @@ Legend of shapes, used in every docstring:
 """
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Array = jax.Array
@@ -85,7 +86,8 @@ class Metadata:
         name: How messages speak of it; for a file, its path.
         base_model: The base model as the adapter's own configuration names it.
         rank: The nominal rank its configuration declares, which modules may undercut or exceed.
-        layouts: Module path and how its factors lie in the format, for modules that need telling.
+        layouts: Module path and how its factors lie in the format, as the format's own
+            hashable record, for modules that need telling.
         config: The format's own configuration, as JSON.
         provenance: Where the adapter came from, as JSON: a file and its hash, or the merge that made it.
         own_base: Why its factors belong to a base model of their own (PiSSA and its kin), or empty.
@@ -95,7 +97,7 @@ class Metadata:
     name: str = ""
     base_model: str | None = None
     rank: int | None = None
-    layouts: tuple[tuple[str, Hashable], ...] = ()
+    layouts: tuple[tuple[str, Any], ...] = ()
     config: str = "{}"
     provenance: str = "{}"
     own_base: str = ""
@@ -159,7 +161,7 @@ def energy_kept(adapter: Adapter) -> Array:
 
 def has_values(leaf: Any) -> bool:
     """Whether a leaf's values are known now: it is neither traced nor a mere shape."""
-    return not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
 
 
 def _known(number: Array | float) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Array, promote
@@ -54,7 +55,7 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
         return density
     if size >= 2**31:
         raise ValueError(f"a tensor of {size} entries is too large to prune: the limit is 2**31 - 1")
-    if not isinstance(density, jax.core.Tracer):
+    if not isinstance(density, Tracer):
         _check_density(density)
     if isinstance(density, jax.Array):
         value = jnp.asarray(density, promote(density.dtype, jnp.float32))

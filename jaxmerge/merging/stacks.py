@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class Inputs(NamedTuple):
     keys: Array | None
 
 
-def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, object]) -> list[dict[str, Density]]:
+def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, Any]) -> list[dict[str, Density]]:
     """Binds the numeric hyperparameters to the size of each task set that the space makes of a module."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, in_ = bucket.features

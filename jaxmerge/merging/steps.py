@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Adapter, Array, Energy, LoRA, promote
@@ -136,7 +137,7 @@ def _stack(arrays: Sequence[Any]) -> Array:
 
 def _unstack(array: Array) -> list[Array]:
     """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
-    if isinstance(array, jax.core.Tracer) or any(device.platform != "cpu" for device in array.devices()):
+    if isinstance(array, Tracer) or any(device.platform != "cpu" for device in array.devices()):
         return list(array)
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 
