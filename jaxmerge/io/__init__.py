@@ -98,7 +98,14 @@ def combine_metadata(metadatas: Sequence[Metadata]) -> tuple[Metadata, list[str]
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The contents of the adapter_config.json that gives every module of an adapter its rank and scale."""
+    """The contents of the adapter_config.json that gives every module of an adapter its rank and scale.
+
+    Args:
+        adapter: Its scales must be known.
+
+    Returns:
+        What ``peft.LoraConfig`` takes, and `from_torch`.
+    """
     return peft.export_config(adapter)
 
 

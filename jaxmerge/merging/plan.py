@@ -171,4 +171,5 @@ def _recordable_key(key: Array) -> Any:
     if not has_values(key):
         return None
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(key) if typed else key).tolist()
+    with jax.ensure_compile_time_eval():  # Inside a jit, a key that is known would be traced here.
+        return np.asarray(jax.random.key_data(key) if typed else key).tolist()

@@ -1,0 +1,121 @@
+"""The tables are complete and say what is so."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmerge as jm
+from jaxmerge.spaces import Space
+
+SOURCE = Path(jm.__file__).parent
+
+# A module may import from lower floors, and from its own package.
+FLOORS = {
+    "base": 0, "catalog": 0, "version": 0,
+    "sparsify": 1, "consensus": 2, "lowrank": 1, "sharding": 1, "extras": 2, "io": 1, "metrics": 2,
+    "methods": 3, "spaces": 3,
+    "merging": 4,
+    "cli": 6, "__main__": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", jm.METHODS)
+def test_a_row_agrees_with_its_function(name):
+    row = jm.METHODS[name]
+    parameters = inspect.signature(row.load()).parameters
+    own = [p for p in parameters if p not in ("task_tensors", "weights", "key")]
+    assert own == [h.name for h in row.hyperparameters]
+    assert ("key" in parameters) == row.random
+    for hyperparameter in row.hyperparameters:
+        default = parameters[hyperparameter.name].default
+        assert hyperparameter.default == (None if default is inspect.Parameter.empty else default)
+        assert (hyperparameter.kind == "choice") == bool(hyperparameter.choices)
+    assert row.space in jm.SPACES
+    assert row.equivariant or not row.linear
+    assert row.summary
+    assert "arXiv" in row.paper or "PEFT" in row.paper
+
+
+@pytest.mark.parametrize("name", jm.METHODS)
+def test_equivariant_means_it_commutes_with_rotations(name):
+    row = jm.METHODS[name]
+    rng = np.random.default_rng(0)
+    tasks = rng.normal(size=(3, 6, 5)).astype(np.float32)
+    q, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    p, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    values = {h.name: 0.5 if h.kind == "density" else h.default for h in row.hyperparameters}
+    key = {"key": jax.random.key(0)} if row.random else {}
+
+    def merged(tasks):
+        return row.load()(tasks.astype(np.float32), [1.0, 2.0, -1.0], **values, **key)
+
+    assert np.allclose(merged(q @ tasks @ p), q @ merged(tasks) @ p, atol=1e-4) == row.equivariant
+    linear = np.einsum("n,nij", [1, 2, -1], tasks)
+    assert np.allclose(merged(tasks), linear, atol=1e-5) == row.linear
+
+
+@pytest.mark.parametrize("name", jm.SPACES)
+def test_spaces_load(name):
+    for method in jm.METHODS.values():
+        assert isinstance(jm.SPACES[name].load(method), Space)
+    assert jm.SPACES[name].summary
+    assert jm.SPACES[name].exact
+
+
+def test_combination_types_are_cells_of_the_grid():
+    assert len(jm.COMBINATION_TYPES) == 11
+    for row in jm.COMBINATION_TYPES.values():
+        assert row.method in jm.METHODS
+        assert row.space in jm.SPACES
+
+
+@pytest.mark.parametrize("name", sorted(set(jm.__all__)))
+def test_public_names_resolve_and_are_documented(name):
+    value = getattr(jm, name)
+    if callable(value):
+        doc = inspect.getdoc(value)
+        assert doc
+        if inspect.isfunction(value):
+            assert "Returns:" in doc or name == "save"
+            assert "Args:" in doc
+    assert name in dir(jm)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        jm.nonsense  # noqa: B018
+
+
+def test_imports_only_go_down():
+    for path in SOURCE.rglob("*.py"):
+        module = path.relative_to(SOURCE).with_suffix("").parts
+        if module == ("__init__",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            for imported in _imported(node):
+                assert module[0] == imported or FLOORS[imported] < FLOORS[module[0]], (path, imported)
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxmerge"):
+        parts = (node.module or "").split(".")
+        return [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jaxmerge.")]
+    return []
+
+
+def test_torch_is_imported_in_one_place():
+    importing = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(alias.name == "torch" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.module == "torch")
+    }
+    # io/peft.py only asks whether torch is there; io/__init__.py only names its types.
+    assert importing == {"io/torch.py", "io/peft.py", "io/__init__.py"}
