@@ -8,6 +8,7 @@ Legend of shapes, used in every docstring:
 * ``*batch``: leading axes of a module that holds several layers or experts.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,6 +131,12 @@ def promote(*dtypes: DTypeLike) -> jnp.dtype:
         return functools.reduce(jnp.promote_types, dtypes)  # type: ignore[return-value]
 
 
+def precision(*dtypes: DTypeLike) -> contextlib.AbstractContextManager[Any]:
+    """A context in which JAX computes in float64, if one of the dtypes is that."""
+    wide = any(jnp.dtype(dtype) == np.float64 for dtype in dtypes)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
 def delta(lora: LoRA) -> Array:
     """The dense weight change ``scale * b @ a`` of one module.
 
@@ -140,8 +147,9 @@ def delta(lora: LoRA) -> Array:
         ``[*batch, out, in]``, float32 or wider.
     """
     dtype = promote(lora.a.dtype, lora.b.dtype, jnp.float32)
-    a, b = jnp.asarray(lora.a, dtype), jnp.asarray(lora.b, dtype)
-    return jnp.asarray(lora.scale, dtype) * jnp.matmul(b, a, precision="highest")
+    with precision(dtype):
+        a, b = jnp.asarray(lora.a, dtype), jnp.asarray(lora.b, dtype)
+        return jnp.asarray(lora.scale, dtype) * jnp.matmul(b, a, precision="highest")
 
 
 def energy_kept(adapter: Adapter) -> Array:

@@ -4,6 +4,8 @@ They are whole weights and not changes to one, so there is no sum to take. Where
 through; where they do not, the user says what is to happen.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.base import Adapter, Array, has_values, promote
+from jaxmerge.base import Adapter, Array, has_values, precision, promote
 from jaxmerge.sparsify import round_to
 
 Extras = Literal["same", "average"] | int
@@ -43,7 +45,7 @@ def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str,
             merged[key] = adapters[extras].extras[key]
         elif all(_identical(tensors[0], tensor) for tensor in tensors[1:]):
             merged[key] = tensors[0]
-        elif extras == "average" and len({tensor.shape for tensor in tensors}) == 1:
+        elif extras == "average" and _have_a_mean(tensors):
             merged[key] = _mean(tensors)
         else:
             unsettled.append(key)
@@ -60,10 +62,16 @@ def _identical(x: Array, y: Array) -> bool:
     return has_values(x) and has_values(y) and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def _have_a_mean(tensors: Sequence[Array]) -> bool:
+    floating = all(jnp.issubdtype(tensor.dtype, jnp.floating) for tensor in tensors)
+    return floating and len({tensor.shape for tensor in tensors}) == 1
+
+
 def _mean(tensors: Sequence[Array]) -> Array:
     if isinstance(tensors[0], jax.ShapeDtypeStruct):
         return tensors[0]
-    arrays = [jnp.asarray(tensor) for tensor in tensors]
-    dtype = promote(*[array.dtype for array in arrays])
+    dtype = promote(*[tensor.dtype for tensor in tensors])
     wide = promote(dtype, jnp.float32)
-    return round_to(sum((array.astype(wide) for array in arrays), jnp.zeros((), wide)) / len(arrays), dtype)
+    with precision(dtype):
+        total = functools.reduce(operator.add, [jnp.asarray(tensor).astype(wide) for tensor in tensors])
+        return round_to(total / len(tensors), dtype)

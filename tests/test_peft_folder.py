@@ -147,7 +147,7 @@ def reload(folder: Path, model: Callable[[], torch.nn.Module] = Net, *, tied: bo
         again = peft.get_peft_model_state_dict(loaded)
     for key, tensor in stored.items():
         if key in again and not tied:  # Not saved again by default: biases of the base and embeddings.
-            assert torch.equal(again[key].to(tensor.dtype), tensor), key
+            assert torch.equal(again[key], tensor.to(again[key].dtype)), key
     return loaded.eval()
 
 

@@ -69,22 +69,23 @@ def check_format(format: str | None) -> None:
         raise ValueError(f"unknown format {format!r}: there is peft")
 
 
-def combine_metadata(metadatas: Sequence[Metadata]) -> tuple[Metadata, list[str]]:
+def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
     """The metadata of a merged adapter, without its provenance.
 
     Args:
-        metadatas: The adapters', in the user's order. The first one's format is the result's.
+        adapters: In the user's order. The first one's format is the result's.
 
     Returns:
         The metadata, and what in them cannot be reconciled.
     """
+    metadatas = [adapter.metadata for adapter in adapters]
     names = [metadata.name or f"adapter {i + 1}" for i, metadata in enumerate(metadatas)]
     layouts, problems = {}, []
     for metadata, name in zip(metadatas, names, strict=True):
         for path, layout in metadata.layouts:
             if layouts.setdefault(path, (layout, name))[0] != layout:
                 problems.append(f"module {path} is of different kinds in {layouts[path][1]} and {name}")
-    config, conflicts = peft.combine_configs([json.loads(m.config) for m in metadatas], names)
+    config, conflicts = peft.combine_configs(adapters, names)
     merged = dataclasses.replace(
         metadatas[0],
         name="",
@@ -134,8 +135,8 @@ def to_torch(adapter: Adapter) -> "dict[str, torch.Tensor]":
         adapter: Of concrete arrays. `peft_config` gives the configuration that goes with the tensors.
 
     Returns:
-        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with the
-        adapter's arrays where DLPack allows.
+        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with NumPy
+        arrays, which is what `load` gives; JAX arrays are copied, since torch might write to them.
     """
     from jaxmerge.io.torch import to_torch
 

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from jaxmerge.io import atomic, card
 from jaxmerge.io.peft_keys import (
     FLOATS,
     PREFIX,
+    TOKENS,
     Contents,
     Layout,
     TensorSpec,
+    inside_wrapper,
     natural_order,
     nominal_rank,
     read_contents,
@@ -118,7 +121,7 @@ def read_headers(path: Path) -> Headers:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: is not a JSON object")
@@ -249,8 +252,7 @@ def build_adapter(
             scale=module.scale,
             bias=read(module.keys["bias"], None) if "bias" in module.keys else None,
         )
-        if module.layout != Layout():
-            layouts.append((path, module.layout))
+        layouts.append((path, module.layout))
     metadata = Metadata(
         format="peft",
         name=name,
@@ -265,16 +267,17 @@ def build_adapter(
     return Adapter(modules=modules, extras=extras, metadata=metadata)
 
 
-def combine_configs(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def combine_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The configuration of a merged adapter, but for its ranks.
 
     Args:
-        configs: The adapters' parsed adapter_config.json.
+        adapters: In the user's order.
         names: What messages call them.
 
     Returns:
-        The configuration, and what in them cannot be reconciled.
+        The configuration, and what PEFT has no way to hold in one adapter.
     """
+    configs: list[dict[str, Any]] = [json.loads(adapter.metadata.config) for adapter in adapters]
     first, problems = configs[0], []
     merged = dict(first)
     merged.update({field: value for field, value in _RESET.items() if field in merged or value is True})
@@ -300,7 +303,26 @@ def combine_configs(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) 
         merged["bias"] = "all" if len(biases) > 1 else biases.pop()
     if len({_targets(config) for config in configs}) > 1 or not first.get("target_modules"):
         merged.update(dict.fromkeys(_TARGETS))  # Written out module by module when it is saved.
-    return merged, problems
+    return merged, problems + _impossible(adapters, merged)
+
+
+def _impossible(adapters: Sequence[Adapter], merged: Mapping[str, Any]) -> list[str]:
+    """What each adapter may do alone but PEFT cannot do to one module at once: it drops something, or fails."""
+    problems = []
+    extras = {name for adapter in adapters for name in adapter.extras}
+    layouts = dict(layout for adapter in adapters for layout in adapter.metadata.layouts)
+    saved = merged.get("modules_to_save") or []
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
+        if any(path == name or path.endswith(f".{name}") for name in saved):
+            problems.append(f"module {path} is saved whole by one adapter and has LoRA factors in another")
+        if f"{path}.{TOKENS}" in extras:
+            problems.append(f"module {path} has trained tokens in one adapter and LoRA factors in another")
+        if merged.get("lora_bias") and layouts.get(path, Layout()).kind == "embedding":
+            problems.append(f"module {path} is an embedding, which PEFT does not adapt together with lora_bias")
+    for name in extras:
+        if name.endswith(f".{TOKENS}") and f"{name.removesuffix(TOKENS)}weight" in extras:
+            problems.append(f"module {name.removesuffix(f'.{TOKENS}')} has trained tokens and is saved whole as well")
+    return problems
 
 
 def _targets(config: Mapping[str, Any]) -> str:
@@ -323,6 +345,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None 
         OSError: If the disk fails or is full.
     """
     atomic.check_target(path, force, CONFIG)
+    if not adapter.modules:
+        raise ValueError("the adapter holds no modules and cannot be saved")
     record = json.loads(adapter.metadata.provenance)
     if seed is not None:
         record["seed"] = seed
@@ -349,45 +373,63 @@ def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None 
 def export_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """The adapter's tensors on the host, under PEFT's keys without the prefix."""
     layouts = dict(adapter.metadata.layouts)
+    with_bias = any(lora.bias is not None for lora in adapter.modules.values())
     tensors = {}
     for path in sorted(adapter.modules, key=natural_order):
         lora, layout = adapter.modules[path], layouts.get(path, Layout())
         if lora.batch:
             raise ValueError(f"module {path} has batch axes {lora.batch}, which PEFT's format does not have")
         a, b = _host(lora.a), _host(lora.b)
-        if not isinstance(layout, Layout) or layout.kind == "linear":
-            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, b
-        elif layout.kind == "embedding":
+        if layout.kind == "embedding":
             tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a, b
         else:
-            channels = a.shape[1] // math.prod(layout.kernel)
-            tensors[f"{path}.lora_A.weight"] = a.reshape(a.shape[0], channels, *layout.kernel)
-            tensors[f"{path}.lora_B.weight"] = b.reshape(*b.shape, *[1] * len(layout.kernel))
-        if lora.bias is not None:
-            tensors[f"{path}.lora_B.bias"] = _host(lora.bias)
-    return tensors | {name: _host(array) for name, array in adapter.extras.items()}
+            ones = [1] * len(layout.kernel)
+            tensors[f"{path}.lora_A.weight"] = a.reshape(
+                a.shape[0], a.shape[1] // math.prod(layout.kernel), *layout.kernel
+            )
+            tensors[f"{path}.lora_B.weight"] = b.reshape(*b.shape, *ones)
+        if with_bias:  # PEFT's switch is for all modules at once.
+            bias = np.zeros(b.shape[0], b.dtype) if lora.bias is None else _host(lora.bias)
+            tensors[f"{path}.lora_B.bias"] = bias
+    extras = {inside_wrapper(name, adapter.modules): _host(array) for name, array in adapter.extras.items()}
+    return tensors | extras
 
 
 def export_config(adapter: Adapter) -> dict[str, Any]:
     """The adapter_config.json that gives every module its rank and scale."""
     config: dict[str, Any] = json.loads(adapter.metadata.config)
-    ranks = {path: lora.rank for path, lora in adapter.modules.items()}
-    alphas = {path: _alpha(lora) for path, lora in adapter.modules.items()}
-    common = collections.Counter((ranks[path], alphas[path]) for path in ranks).most_common(1)[0][0]
-    patterns = {path: "^" + path.replace(".", r"\.") for path in sorted(ranks, key=natural_order)}
+    paths = sorted(adapter.modules, key=natural_order)
+    ranks = {path: adapter.modules[path].rank for path in paths}
+    alphas = {path: _alpha(adapter.modules[path]) for path in paths}
+    (rank, alpha), _ = collections.Counter((ranks[path], alphas[path]) for path in paths).most_common(1)[0]
+    exact = {path: "^" + re.escape(path) for path in paths}
     config |= {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.metadata.base_model,
-        "r": common[0],
-        "lora_alpha": common[1],
+        "r": rank,
+        "lora_alpha": alpha,
         "use_rslora": False,
-        "rank_pattern": {patterns[path]: ranks[path] for path in patterns if ranks[path] != common[0]},
-        "alpha_pattern": {patterns[path]: alphas[path] for path in patterns if alphas[path] != common[1]},
+        "rank_pattern": {exact[path]: ranks[path] for path in paths if ranks[path] != rank},
+        "alpha_pattern": {exact[path]: alphas[path] for path in paths if alphas[path] != alpha},
     }
+    if any(lora.bias is not None for lora in adapter.modules.values()):
+        config["lora_bias"] = True
     if not config.get("target_modules"):
-        targets = [path.removesuffix(".base_layer.out_proj") for path in patterns]
-        config["target_modules"] = list(dict.fromkeys(targets))
+        config["target_modules"] = _written_out(paths)
     return config
+
+
+def _written_out(paths: Sequence[str]) -> list[str] | str:
+    """Target modules that are these and no others.
+
+    PEFT takes an entry of a list for the end of a path, so that ``head`` is ``decoder.head`` too. Where that could
+    happen it gets a regular expression instead, which it matches to the whole path.
+    """
+    targets = list(dict.fromkeys(path.removesuffix(".base_layer.out_proj") for path in paths))
+    ambiguous = any("." not in target for target in targets) or any(
+        other.endswith(f".{target}") for target in targets for other in targets
+    )
+    return "|".join(re.escape(target) for target in targets) if ambiguous else targets
 
 
 def _alpha(lora: LoRA) -> int | float:
@@ -396,7 +438,7 @@ def _alpha(lora: LoRA) -> int | float:
 
 
 def _host(array: Array | np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(array))
+    return np.asarray(array, order="C")
 
 
 def _json(value: Any) -> bytes:

@@ -6,11 +6,12 @@ everything that stands in the way of a merge told in words.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
 
 # A tensor's role by the end of its key. An adapter's name may stand inside, as it does in memory.
 _NAME = r"(?:\.(?P<name>[^.]+))?"
@@ -154,11 +155,25 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"sets {name} in adapter_config.json, a variant of LoRA that jaxmerge does not know")
     for name in ("r", "lora_alpha"):
         value = config.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            problems.append(f"{name} in adapter_config.json is {value!r}, not a number")
+        if not _is_number(value):
+            problems.append(f"{name} in adapter_config.json is {_short(value)}, not a number")
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        problems.append(f"base_model_name_or_path in adapter_config.json is {_short(base)}, not a name")
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, config.get(name) or {})
     return problems
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -1e30 < value < 1e30  # NaN is not, nor is an integer too long to be a float.
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _pattern_problems(name: str, patterns: Any) -> list[str]:
@@ -166,8 +181,8 @@ def _pattern_problems(name: str, patterns: Any) -> list[str]:
         return [f"{name} in adapter_config.json is not a mapping"]
     problems = []
     for pattern, value in patterns.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            problems.append(f"{name}[{pattern!r}] in adapter_config.json is {value!r}, not a number")
+        if not _is_number(value):
+            problems.append(f"{name}[{pattern!r}] in adapter_config.json is {_short(value)}, not a number")
         try:
             re.compile(pattern)
         except re.error as error:
@@ -194,20 +209,24 @@ def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str,
     extras: dict[str, str] = {}
     problems, names = [], set()
     foreign: dict[str, list[str]] = {}
+    loose: dict[str, str] = {}
     for key in sorted(tensors, key=natural_order):
         role, path, name = _role(key.removeprefix(PREFIX))
         names.add(name)
         if role == "foreign":
             foreign.setdefault(path, []).append(key)
         elif role == "extra":
-            if path in extras:
-                problems.append(f"{key} and {extras[path]} are the same tensor under two names")
-            extras[path] = key
+            loose[key] = path
         else:
             keys = modules.setdefault(path, ModuleKeys()).keys
             if role in keys:
                 problems.append(f"{key} and {keys[role]} are the same factor under two names")
             keys[role] = key
+    for key, path in loose.items():
+        name = outside_wrapper(path, modules)
+        if name in extras:
+            problems.append(f"{key} and {extras[name]} are the same tensor under two names")
+        extras[name] = key
     for what, keys in foreign.items():
         more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
         problems.append(f"is {what} ({keys[0]}{more}); it cannot be merged")
@@ -215,6 +234,21 @@ def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str,
         listed = ", ".join(sorted(name for name in names if name))
         problems = [f"holds several adapters in one file ({listed}); save them one by one"]
     return modules, extras, problems
+
+
+def outside_wrapper(name: str, modules: Collection[str]) -> str:
+    """An extra's name without the wrapper ``base_layer`` that PEFT puts around a module with LoRA factors.
+
+    What one adapter saves as ``head.bias`` is ``head.base_layer.bias`` to another that adapts ``head``.
+    """
+    path = max((path for path in modules if name.startswith(f"{path}.base_layer.")), key=len, default=None)
+    return name if path is None else path + name.removeprefix(f"{path}.base_layer")
+
+
+def inside_wrapper(name: str, modules: Collection[str]) -> str:
+    """The inverse of `outside_wrapper`: an extra's name where these modules have LoRA factors."""
+    path = max((path for path in modules if name.startswith(f"{path}.")), key=len, default=None)
+    return name if path is None else f"{path}.base_layer{name.removeprefix(path)}"
 
 
 def _role(key: str) -> tuple[str, str, str | None]:
@@ -231,7 +265,7 @@ def _role(key: str) -> tuple[str, str, str | None]:
             return role, match["module"], name
         if "rest" in match.groupdict():
             return role, f"{match['module']}.{match['rest']}", name
-        return role, f"{match['module']}.token_adapter.trainable_tokens_delta", name
+        return role, f"{match['module']}.{TOKENS}", name
     for start, what in _FOREIGN:
         if any(part.startswith(start) for part in key.split(".")):
             return "foreign", what, None

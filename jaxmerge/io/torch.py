@@ -60,8 +60,8 @@ def to_torch(adapter: Adapter) -> dict[str, torch.Tensor]:
         adapter: Of concrete arrays.
 
     Returns:
-        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with the
-        adapter's arrays where DLPack allows.
+        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with NumPy
+        arrays, which is what `load` gives; JAX arrays are copied, since torch might write to them.
     """
     return {PREFIX + name: _to_torch(array) for name, array in peft.export_tensors(adapter).items()}
 
@@ -77,7 +77,9 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: torch will not load it as weights: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()
+    ):
         raise ValueError(f"{path}: does not hold a state dict of tensors")
     return {key: _to_numpy(tensor.detach()) for key, tensor in tensors.items()}
 
@@ -96,8 +98,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_jax(tensor: torch.Tensor) -> jax.Array | np.ndarray:
-    if tensor.dtype == torch.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        return _to_numpy(tensor)
+    if tensor.dtype in (torch.float64, torch.int64) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return _to_numpy(tensor)  # JAX would narrow it.
     return jnp.from_dlpack(tensor.contiguous())
 
 
@@ -110,7 +112,7 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
     if not array.flags.writeable:
-        # A view of a JAX array: immutable there, so torch gets it through DLPack, or a copy of it.
+        # A view of a JAX array, which must not change.
         array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -1,6 +1,7 @@
 """What can be wrong with a merge. Checks gather problems, so that all can be told together."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Adapter, Array, has_values
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
 from jaxmerge.sparsify import bind_density
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Weights = Sequence[ArrayLike] | Array | None
 
@@ -55,13 +58,15 @@ def method_and_space(method: str | None, space: str | None, combination_type: st
     return method, space
 
 
-def hyperparameter_problems(method: str, given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a method's hyperparameters."""
+def hyperparameter_problems(method: str, given: Mapping[str, Any], optional: bool = False) -> list[str]:
+    """What is wrong with a method's hyperparameters; optional ones may be left out."""
     known = {h.name: h for h in METHODS[method].hyperparameters}
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
     problems = [f"method {method} has no hyperparameter {name}: {takes}" for name in given if name not in known]
     for name, hyperparameter in known.items():
-        problems += _hyperparameter_problem(method, hyperparameter, given.get(name, hyperparameter.default))
+        value = given.get(name, hyperparameter.default)
+        if value is not None or not optional:
+            problems += _hyperparameter_problem(method, hyperparameter, value)
     return problems
 
 
@@ -86,18 +91,69 @@ def checked_weights(weights: Weights, n: int, averages: bool, problems: list[str
     if isinstance(weights, jax.Array | np.ndarray) and weights.ndim != 1:
         problems.append(f"weights must be one number per adapter, got an array of shape {weights.shape}")
         return [0.0] * n
-    weights = list(weights)
-    if len(weights) != n:
-        problems.append(f"{len(weights)} weights for {n} adapters: give one weight per adapter")
-    for weight in weights:
-        if has_values(weight) and not np.isfinite(np.asarray(weight, np.float64)).all():
-            problems.append(f"weight {float(np.asarray(weight))} is not a finite number")
-    return [weight if isinstance(weight, jax.Array) else float(weight) for weight in weights]  # type: ignore[arg-type]
+    numbers = [_number(weight) for weight in weights] if isinstance(weights, Iterable) else [None]
+    if any(number is None for number in numbers):
+        problems.append(f"weights must be one number per adapter, got {weights!r}")
+        return [0.0] * n
+    if len(numbers) != n:
+        problems.append(f"{len(numbers)} weights for {n} adapters: give one weight per adapter")
+    infinite = [number for number in numbers if isinstance(number, float) and not math.isfinite(number)]
+    problems += [f"weight {number} is not a finite number" for number in infinite]
+    return numbers  # type: ignore[return-value]
+
+
+def _number(weight: Any) -> ArrayLike | None:
+    """A weight as a float, or as it is where its value is traced; None if it is not a number."""
+    if not has_values(weight):
+        return weight if weight.ndim == 0 else None
+    try:
+        array = np.asarray(weight, np.float64)
+    except (TypeError, ValueError):
+        return None
+    return float(array) if array.ndim == 0 else None
+
+
+def checked_rank(rank: Any, problems: list[str]) -> int | None:
+    """The rank that is asked for, if any; what is wrong with it is added to the problems."""
+    if rank is None:
+        return None
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
+        problems.append(f"rank must be a whole number from 1, got {rank!r}")
+        return None
+    return int(rank)
+
+
+def checked_dtype(dtype: Any, problems: list[str]) -> str | None:
+    """The name of the dtype that is asked for, if any; what is wrong with it is added to the problems."""
+    if dtype is None:
+        return None
+    try:
+        name = str(jnp.dtype(dtype))
+    except TypeError:
+        name = repr(dtype)
+    if name not in _DTYPES:
+        problems.append(f"dtype {name} is not one of {', '.join(_DTYPES)}")
+        return None
+    return name
+
+
+def key_problems(method: str, key: Any) -> list[str]:
+    """Whether a method that draws has a key to draw from."""
+    if not METHODS[method].random:
+        return []
+    if key is None:
+        return [f"method {method} draws random numbers: pass key=jax.random.key(seed), or --seed"]
+    # A raw key is an array of unsigned integers, a typed one has a dtype of its own.
+    if not isinstance(key, jax.Array) or key.ndim != int(jnp.issubdtype(key.dtype, jnp.unsignedinteger)):
+        return [f"key must be one jax.random.key(seed), got {key!r}"]
+    return []
 
 
 def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Modules whose shapes differ between adapters, or whose factors do not fit each other."""
-    problems = []
+    problems = [
+        f"{adapter_name(adapters, i)}: holds no modules" for i, adapter in enumerate(adapters) if not adapter.modules
+    ]
     for path in all_paths(adapters):
         seen: dict[tuple[Any, ...], list[str]] = {}
         for index, adapter in enumerate(adapters):

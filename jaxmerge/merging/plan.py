@@ -19,8 +19,11 @@ from jaxmerge.merging.checks import (
     Weights,
     all_paths,
     base_problems,
+    checked_dtype,
+    checked_rank,
     checked_weights,
     hyperparameter_problems,
+    key_problems,
     listing,
     method_and_space,
     raise_problems,
@@ -30,8 +33,6 @@ from jaxmerge.merging.checks import (
 from jaxmerge.merging.stacks import Bucket, Program
 from jaxmerge.merging.steps import Plan
 from jaxmerge.version import versions
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def plan_merge(
@@ -54,18 +55,17 @@ def plan_merge(
     if not adapters:
         raise ValueError("there is nothing to merge: no adapters")
     method, space = method_and_space(method, space, combination_type)
-    problems = hyperparameter_problems(method, hyperparameters)
+    # PEFT takes one adapter as it is, whatever the type: weight · scale · B · A.
+    alone = combination_type is not None and len(adapters) == 1
+    problems = hyperparameter_problems(method, hyperparameters, optional=alone)
     weights = checked_weights(weights, len(adapters), METHODS[method].averages, problems)
-    if combination_type is not None and len(adapters) == 1:
-        # PEFT takes one adapter as it is, whatever the type: weight · scale · B · A.
+    if alone:
         method, space, hyperparameters = "linear", "full", {}
-    if METHODS[method].random and key is None:
-        problems.append(f"method {method} draws random numbers: pass key=jax.random.key(seed), or --seed")
-    if dtype is not None and (dtype := str(jnp.dtype(dtype))) not in _DTYPES:
-        problems.append(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    problems += key_problems(method, key)
+    rank, dtype = checked_rank(rank, problems), checked_dtype(dtype, problems)
     problems += shape_problems(adapters)
     problems += base_problems(adapters, allow_different_bases)
-    metadata, format_problems = combine_metadata([adapter.metadata for adapter in adapters])
+    metadata, format_problems = combine_metadata(adapters)
     problems += format_problems
     merged_extras, unsettled = merge_extras(adapters, extras)
     if unsettled:
@@ -107,11 +107,8 @@ def _buckets(
     rank: int | None,
     dtype: str | None,
     problems: list[str],
-) -> dict[Bucket, list[str]]:
-    """Sorts modules by what they must share to be stacked, and settles each one's rank."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1):
-        problems.append(f"rank must be a whole number from 1, got {rank!r}")
-        return {}
+) -> dict[tuple[Bucket, tuple[int, ...]], list[str]]:
+    """Settles each module's rank; sorts modules by what they must share to be stacked, and who has them."""
     form, single = program.form, len(adapters) == 1
     nominal = [_nominal_rank(adapter) for adapter in adapters]
     kind = None if combination_type is None or single else COMBINATION_TYPES[combination_type].rank
@@ -119,10 +116,11 @@ def _buckets(
         problems.append(_unequal(f"combination_type {combination_type}", nominal))
         return {}
     wanted = max(nominal) if kind == "max" and rank is None else rank
-    buckets: dict[Bucket, list[str]] = {}
+    buckets: dict[tuple[Bucket, tuple[int, ...]], list[str]] = {}
     most = 0
     for path in all_paths(adapters):
-        loras = [adapter.modules[path] for adapter in adapters if path in adapter.modules]
+        present = tuple(i for i, adapter in enumerate(adapters) if path in adapter.modules)
+        loras = [adapters[i].modules[path] for i in present]
         ranks = tuple(lora.rank for lora in loras)
         if form.equal_ranks and len(set(ranks)) > 1:
             problems.append(_unequal(f"space {program.space}, module {path}", ranks))
@@ -133,9 +131,9 @@ def _buckets(
         natural = min(max(ranks), capacity) if form.full_rank else capacity
         dtypes = tuple(str(leaf.dtype) for lora in loras for leaf in (lora.a, lora.b))
         own = promote(*dtypes)
-        chosen = natural if wanted is None else min(int(wanted), capacity)
+        chosen = natural if wanted is None else min(wanted, capacity)
         bucket = Bucket(features, ranks, loras[0].batch, dtypes, chosen, dtype or str(own))
-        buckets.setdefault(bucket, []).append(path)
+        buckets.setdefault((bucket, present), []).append(path)
     if rank is not None and rank > most and not problems:
         problems.append(f"rank {rank} is more than any module can hold: the largest possible is {most}")
     return buckets

@@ -76,7 +76,7 @@ class Bucket(NamedTuple):
     @property
     def wide(self) -> str:
         """The dtype of the arithmetic: float32, or float64 where a source is."""
-        return "float64" if "float64" in self.dtypes else "float32"
+        return "float64" if "float64" in (*self.dtypes, self.dtype) else "float32"
 
     @property
     def modules_at_once(self) -> int:

@@ -1,8 +1,9 @@
 """A checked merge, cut into steps: stacks of modules that are merged in one call."""
 
-import contextlib
 import dataclasses
+import functools
 import math
+import operator
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Adapter, Array, Energy, LoRA, promote
+from jaxmerge.base import Adapter, Array, Energy, LoRA, precision, promote
 from jaxmerge.merging import lapack
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
@@ -31,7 +32,7 @@ class Plan:
         weights: One per adapter.
         numbers: The numeric hyperparameters.
         key: For a method that draws.
-        buckets: The modules of each bucket.
+        buckets: The modules of each bucket, by the positions of the adapters that have them.
         rest: The merged adapter without its modules.
     """
 
@@ -40,18 +41,18 @@ class Plan:
     weights: Sequence[ArrayLike]
     numbers: Mapping[str, Any]
     key: Array | None
-    buckets: Mapping[Bucket, Sequence[str]]
+    buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]]
     rest: Adapter
 
     def steps(self) -> list["Step"]:
         """The stacks to merge: each bucket in parts of equal size, so that it compiles once."""
         devices = device_count(self.program.mesh)
         steps = []
-        for bucket, paths in self.buckets.items():
+        for (bucket, present), paths in self.buckets.items():
             parts = math.ceil(len(paths) / (bucket.modules_at_once * devices))
             size = math.ceil(len(paths) / parts)
             padded = math.ceil(size / devices) * devices
-            steps += [Step(self, bucket, paths[i : i + size], padded) for i in range(0, len(paths), size)]
+            steps += [Step(self, bucket, present, paths[i : i + size], padded) for i in range(0, len(paths), size)]
         return steps
 
     def finish(self, results: Sequence[Mapping[str, tuple[LoRA, Energy]]]) -> Adapter:
@@ -65,14 +66,14 @@ class Plan:
 
     def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
         """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
-        total = None
-        for weight, adapter in zip(self.weights, self.adapters, strict=True):
-            lora = adapter.modules.get(path)
-            if lora is not None and lora.bias is not None:
-                wide = promote(dtype, jnp.float32)
-                term = jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
-                total = term if total is None else total + term
-        return None if total is None else total.astype(dtype)
+        wide = promote(dtype, jnp.float32)
+        with precision(wide):
+            terms = [
+                jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
+                for weight, adapter in zip(self.weights, self.adapters, strict=True)
+                if (lora := adapter.modules.get(path)) is not None and lora.bias is not None
+            ]
+            return functools.reduce(operator.add, terms).astype(dtype) if terms else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,34 +83,32 @@ class Step:
     Attributes:
         plan: What they are part of.
         bucket: What they share.
+        present: The positions of the adapters that have them.
         paths: The modules.
         padded: How many the compiled program takes; the last one is repeated to fill it.
     """
 
     plan: Plan
     bucket: Bucket
+    present: tuple[int, ...]
     paths: Sequence[str]
     padded: int
 
     def run(self) -> dict[str, tuple[LoRA, Energy]]:
         """Merges the modules: path -> factors and what their truncation lost."""
-        with self._precision(), lapack.single_threaded():
+        with precision(self.bucket.wide), lapack.single_threaded():
             merged = jax.block_until_ready(merge_stack(*self._arguments()))
             a, b, total, lost = map(_unstack, jax.tree.leaves(merged))
             return {path: (LoRA(a[i], b[i]), Energy(total[i], lost[i])) for i, path in enumerate(self.paths)}
 
     def lower(self) -> jax.stages.Lowered:
         """The program, not yet compiled."""
-        with self._precision():
+        with precision(self.bucket.wide):
             return merge_stack.lower(*self._arguments())
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.enable_x64(True) if self.bucket.wide == "float64" else contextlib.nullcontext()
-
     def _arguments(self) -> tuple[Any, ...]:
-        plan, wide = self.plan, self.bucket.wide
+        plan, present, wide = self.plan, self.present, self.bucket.wide
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
-        present = [i for i, adapter in enumerate(plan.adapters) if paths[0] in adapter.modules]
         loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
         inputs = Inputs(
             a=tuple(_stack([lora.a for lora in row]) for row in loras),
