@@ -21,6 +21,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Array = jax.Array
+# What adapters hold: read from a file it stays on the host until it is merged.
+AnyArray = jax.Array | np.ndarray
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale", "bias"), meta_fields=())
@@ -35,10 +37,10 @@ class LoRA:
         bias: ``[*batch, out]`` or None; added to the module's output times ``scale`` (PEFT's ``lora_bias``).
     """
 
-    a: Array
-    b: Array
-    scale: Array | float = 1.0
-    bias: Array | None = None
+    a: AnyArray
+    b: AnyArray
+    scale: AnyArray | float = 1.0
+    bias: AnyArray | None = None
 
     @property
     def rank(self) -> int:
@@ -120,7 +122,7 @@ class Adapter:
     """
 
     modules: Mapping[str, LoRA]
-    extras: Mapping[str, Array] = field(default_factory=dict)
+    extras: Mapping[str, AnyArray] = field(default_factory=dict)
     energy: Mapping[str, Energy] = field(default_factory=dict)
     metadata: Metadata = field(default_factory=Metadata)
 

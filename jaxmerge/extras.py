@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.base import Adapter, Array, has_values, precision, promote
+from jaxmerge.base import Adapter, AnyArray, Array, has_values, precision, promote
 from jaxmerge.sparsify import round_to
 
 Extras = Literal["same", "average"] | int
 
 
-def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str, Array], list[str]]:
+def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str, AnyArray], list[str]]:
     """Merges the extras of all adapters.
 
     Args:
@@ -52,7 +52,7 @@ def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str,
     return merged, unsettled
 
 
-def _identical(x: Array, y: Array) -> bool:
+def _identical(x: AnyArray, y: AnyArray) -> bool:
     if x is y:
         return True
     if x.dtype != y.dtype or x.shape != y.shape:
@@ -62,12 +62,12 @@ def _identical(x: Array, y: Array) -> bool:
     return has_values(x) and has_values(y) and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def _have_a_mean(tensors: Sequence[Array]) -> bool:
+def _have_a_mean(tensors: Sequence[AnyArray]) -> bool:
     floating = all(jnp.issubdtype(tensor.dtype, jnp.floating) for tensor in tensors)
     return floating and len({tensor.shape for tensor in tensors}) == 1
 
 
-def _mean(tensors: Sequence[Array]) -> Array:
+def _mean(tensors: Sequence[AnyArray]) -> Array:
     if isinstance(tensors[0], jax.ShapeDtypeStruct):
         return tensors[0]
     dtype = promote(*[tensor.dtype for tensor in tensors])

@@ -43,7 +43,7 @@ def seconds(command: list[str], repeats: int) -> float:
 
 def main() -> None:
     """Prints the median times of both, and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:
