@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxmerge.base import Adapter, Array, has_values, promote
+from jaxmerge.base import Adapter, AnyArray, Array, has_values, promote
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS
 from jaxmerge.extras import Extras, merge_extras
 from jaxmerge.io import combine_metadata
@@ -152,7 +152,7 @@ def _unequal(where: str, ranks: Sequence[int]) -> str:
     )
 
 
-def _cast(tensor: Array, dtype: str) -> Array:
+def _cast(tensor: AnyArray, dtype: str) -> AnyArray:
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return tensor
     return tensor.astype(dtype) if isinstance(tensor, jax.Array | np.ndarray) else tensor  # A shape has none.

@@ -1,0 +1,321 @@
+"""The command line, from the outside: what it writes, what it says, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import transformers
+
+import jaxmerge as jm
+from jaxmerge.cli import main
+from tests.conftest import Cohort, delta64, relative_error
+
+ADAPTERS = Path(__file__).parent / "adapters"
+SMS, MOVIE, NAMES = (str(ADAPTERS / name) for name in ("sms", "movie", "names"))
+
+
+def run(*arguments, code=0):
+    assert main([str(argument) for argument in arguments]) == code
+
+
+def refused(capsys, *arguments):
+    """The problems a refused command tells on standard error, without the program's name."""
+    run(*arguments, code=1)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "Traceback" not in told.err
+    lines = told.err.splitlines()
+    assert all(line.startswith("jaxmerge: ") for line in lines)
+    return [line.removeprefix("jaxmerge: ") for line in lines]
+
+
+def written(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_real_adapters_merge_exactly_and_load_in_peft(tmp_path, capsys):
+    out = tmp_path / "merged"
+    run("merge", SMS, MOVIE, NAMES, "-o", out, "--weights", "1", "0.5", "-3e-1", "--dtype", "float32")
+    summary = capsys.readouterr().out
+    assert "rank 48 = 3×16, exact; --rank 16 keeps" in summary
+    assert written(out) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "jaxmerge.json"]
+    sources = [jm.load(path) for path in (SMS, MOVIE, NAMES)]
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    model = peft.PeftModel.from_pretrained(transformers.BertModel(config), str(out))
+    found = 0
+    for path, module in model.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            expected = sum(w * delta64(source.modules[path]) for w, source in zip((1, 0.5, -0.3), sources, strict=True))
+            assert relative_error(module.get_delta_weight("default").detach().numpy(), expected) < 1e-5
+            found += 1
+    assert found == 36
+
+
+def test_the_hint_is_what_the_rank_keeps(tmp_path, capsys):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "exact")
+    hint = re.search(r"--rank 16 keeps ([\d.]+) %", capsys.readouterr().out)
+    assert hint is not None
+    run("merge", SMS, MOVIE, "-o", tmp_path / "cut", "--rank", "16", "--json")
+    summary = json.loads(capsys.readouterr().out)
+    assert 100 * summary["energy_kept"] == pytest.approx(float(hint[1]), abs=0.06)
+
+
+def test_json_tells_everything(tmp_path, capsys):
+    arguments = ["--method", "dare_ties", "--density", "0.5", "--seed", "3", "--rank", "8", "--json"]
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", *arguments)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["ok"] is True
+    assert summary["seed"] == 3
+    assert summary["hyperparameters"] == {"density": 0.5, "majority_sign_method": "total"}
+    assert [source["weight"] for source in summary["inputs"]] == [1.0, 1.0]
+    assert len(summary["modules"]) == 36
+    assert {module["rank"] for module in summary["modules"].values()} == {8}
+    assert 0 < summary["energy_kept"] < 1
+    record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
+    assert record["seed"] == 3
+    assert record["energy_kept"] == summary["energy_kept"]
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        arguments = [SMS, MOVIE, "-o", str(tmp_path / name / "out"), "--method", "dare_linear", "--density", "0.3"]
+        command = [sys.executable, "-m", "jaxmerge", "merge", *arguments, "--seed", "5"]
+        environment = {**os.environ, "PYTHONHASHSEED": "1" if name == "a" else "2"}
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    for name in written(tmp_path / "a" / "out"):
+        assert (tmp_path / "a" / "out" / name).read_bytes() == (tmp_path / "b" / "out" / name).read_bytes()
+
+
+def test_a_seed_is_jax_random_key(tmp_path):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--method", "dare_linear", "--density", "0.5", "--seed", "9")
+    import jax
+
+    sources = [jm.load(SMS), jm.load(MOVIE)]
+    expected = jm.merge(sources, method="dare_linear", density=0.5, key=jax.random.key(9))
+    got = jm.load(tmp_path / "out")
+    for path, lora in expected.modules.items():
+        np.testing.assert_array_equal(np.asarray(lora.a), got.modules[path].a)
+
+
+def test_all_problems_are_told_together_and_nothing_is_written(tmp_path, capsys, mixed: Cohort):
+    broken = tmp_path / "broken"
+    shutil.copytree(mixed.folders[0], broken)
+    with (broken / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    disagreeing = tmp_path / "disagreeing"
+    shutil.copytree(mixed.folders[0], disagreeing)
+    tensors = safetensors.numpy.load_file(disagreeing / "adapter_model.safetensors")
+    key = "base_model.model.first.lora_A.weight"
+    tensors[key] = np.zeros((4, 13), np.float32)
+    safetensors.numpy.save_file(tensors, disagreeing / "adapter_model.safetensors")
+    existing = tmp_path / "existing"
+    shutil.copytree(mixed.folders[1], existing)
+    before = {path.name: path.read_bytes() for path in existing.iterdir()}
+    problems = refused(
+        capsys, "merge", mixed.folders[0], tmp_path / "missing", broken, disagreeing, mixed.folders[0],
+        "-o", existing, "--weights", "1", "2", "--density", "7", "--method", "ties",
+    )  # fmt: skip
+    text = "\n".join(problems)
+    for expected in (
+        "missing: there is no such folder",
+        "broken/adapter_model.safetensors: is not a sound safetensors file",
+        "module first has different shapes",
+        "is given twice",
+        "existing: already exists",
+        "2 weights for 5 adapters",
+        "--density 7 is not in (0, 1]",
+    ):
+        assert expected in text, text
+    assert {path.name: path.read_bytes() for path in existing.iterdir()} == before
+
+
+def test_nan_is_refused_with_the_module_named(tmp_path, capsys, equal_ranks: Cohort):
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(equal_ranks.folders[0], poisoned)
+    tensors = safetensors.numpy.load_file(poisoned / "adapter_model.safetensors")
+    tensors["base_model.model.second.lora_B.weight"][3, 1] = np.nan
+    safetensors.numpy.save_file(tensors, poisoned / "adapter_model.safetensors")
+    problems = refused(capsys, "merge", poisoned, equal_ranks.folders[1], "-o", tmp_path / "out")
+    assert problems == [f"{poisoned}: NaN or inf in second"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_adapter_under_two_paths(tmp_path, capsys, equal_ranks: Cohort):
+    shutil.copytree(equal_ranks.folders[0], tmp_path / "copy")
+    problems = refused(capsys, "merge", equal_ranks.folders[0], tmp_path / "copy", "-o", tmp_path / "out")
+    assert len(problems) == 1
+    assert "is the same adapter as" in problems[0]
+
+
+def test_an_input_is_never_overwritten(tmp_path, capsys, equal_ranks: Cohort):
+    source = tmp_path / "source"
+    shutil.copytree(equal_ranks.folders[0], source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    problems = refused(capsys, "merge", source, equal_ranks.folders[1], "-o", source, "--force")
+    assert "would be overwritten" in problems[0]
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_force_replaces_an_adapter_and_leaves_other_files(tmp_path, capsys):
+    out = tmp_path / "out"
+    run("merge", SMS, MOVIE, "-o", out)
+    (out / "notes.txt").write_text("mine")
+    run("merge", SMS, NAMES, "-o", out, "--force", "--rank", "4")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert jm.load(out).modules["encoder.layer.0.output.dense"].rank == 4
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("years")
+    capsys.readouterr()
+    assert "is not an adapter" in refused(capsys, "merge", SMS, MOVIE, "-o", tmp_path / "folder", "--force")[0]
+
+
+def test_bases_that_differ(tmp_path, capsys, equal_ranks: Cohort):
+    folders = []
+    for name in ("llama", "mistral"):
+        folders.append(tmp_path / name)
+        shutil.copytree(equal_ranks.folders[len(folders) - 1], folders[-1])
+        config = json.loads((folders[-1] / "adapter_config.json").read_text())
+        (folders[-1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    problems = refused(capsys, "merge", *folders, "-o", tmp_path / "out")
+    assert "different base models: llama" in problems[0]
+    assert "--allow-different-bases" in problems[0]
+    run("merge", *folders, "-o", tmp_path / "out", "--allow-different-bases")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "ties"], "needs density"),
+        (["--method", "dare_linear", "--density", "0.5"], "--seed"),
+        (["--rank", "1000"], "largest possible is 32"),
+        (["--rank", "0"], "rank must be a whole number from 1"),
+        (["--density", "0", "--method", "ties"], "--density 0 is not in (0, 1]"),
+        (["--density", "nan", "--method", "ties"], "--density nan is not in (0, 1]"),
+        (["--weights", "1", "nan"], "not a finite number"),
+        (["--combination-type", "svd", "--method", "ties"], "combination_type"),
+        (["--extras", "nobody"], "--extras nobody"),
+        (["--density", "0.5"], "no hyperparameter density"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, capsys, arguments, words):
+    problems = refused(capsys, "merge", SMS, MOVIE, "-o", tmp_path / "out", *arguments)
+    assert len(problems) == 1
+    assert words in problems[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["merge"], ["merge", "A"], ["merge", "A", "-o", "B", "--method", "magic"], ["merge", "A", "-o", "B", "--seed", "-1"],
+     ["merge", "A", "-o", "B", "--rank", "x"], ["nonsense"], ["merge", "A", "-o", "B", "--weights", "one"]],
+)  # fmt: skip
+def test_wrong_usage_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: jaxmerge" in capsys.readouterr().err
+
+
+def test_problems_as_json(tmp_path, capsys):
+    run("merge", "nowhere", "-o", tmp_path / "out", "--json", code=1)
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"ok": False, "problems": ["nowhere: there is no such folder"]}
+
+
+def test_approximations_say_so(tmp_path, capsys):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--combination-type", "linear")
+    assert "is an approximation" in capsys.readouterr().out
+
+
+def test_weights_before_options_and_in_any_notation(tmp_path, capsys):
+    run("merge", SMS, MOVIE, "--weights", "-1", "-2.5e-1", "--json", "-o", tmp_path / "out")
+    summary = json.loads(capsys.readouterr().out)
+    assert [source["weight"] for source in summary["inputs"]] == [-1, -0.25]
+
+
+def test_inspect_says_what_is_there(capsys, mixed: Cohort):
+    run("inspect", *mixed.folders, "--json")
+    described = json.loads(capsys.readouterr().out)["adapters"]
+    for adapter, description in zip(mixed.load(), described, strict=True):
+        assert description["modules"].keys() == adapter.modules.keys()
+        for path, module in description["modules"].items():
+            lora = adapter.modules[path]
+            assert (module["rank"], module["out"], module["in"]) == (lora.rank, *lora.features)
+            assert module["norm"] == pytest.approx(np.linalg.norm(delta64(lora)), rel=1e-5)
+    run("inspect", *mixed.folders)
+    assert "norm of the change" in capsys.readouterr().out
+
+
+def test_inspect_says_what_cannot_be_merged_and_why(capsys, tmp_path, make_cohort):
+    dora = make_cohort([{"r": 2, "target_modules": ["first"], "use_dora": True}])
+    run("inspect", dora.folders[0])
+    assert "cannot be merged: is DoRA" in capsys.readouterr().out
+    run("inspect", dora.folders[0], tmp_path / "nowhere", code=1)
+    told = capsys.readouterr()
+    assert "is DoRA" in told.out
+    assert "nowhere: there is no such folder" in told.err
+
+
+def test_methods_lists_the_grid(capsys):
+    run("methods")
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*jm.METHODS, *jm.SPACES, *jm.COMBINATION_TYPES))
+    run("methods", "--json")
+    assert json.loads(capsys.readouterr().out)["methods"].keys() == jm.METHODS.keys()
+
+
+def test_help_does_not_import_jax():
+    program = (
+        "import sys\nfrom jaxmerge.cli import main\ntry:\n main(sys.argv[1:])\nfinally:\n print('jax' in sys.modules)"
+    )
+    for arguments in (["--help"], ["merge", "--help"], ["methods"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.stdout.endswith("False\n")
+
+
+def test_a_killed_merge_leaves_nothing(tmp_path):
+    program = """
+import os, sys, time
+import jaxmerge.cli.merge as command
+from jaxmerge.cli import main
+save = command.peft.save
+def slow(*arguments, **options):
+    print("merged", flush=True)
+    time.sleep(0.2)
+    save(*arguments, **options)
+command.peft.save = slow
+sync = os.fsync
+os.fsync = lambda handle: (sync(handle), time.sleep(20))
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / "out")]
+    for number, wait in ((signal.SIGTERM, 0), (signal.SIGKILL, 1), (signal.SIGINT, 1)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "merged\n"
+        time.sleep(wait)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode != 0
+        assert "Traceback" not in err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error_to_see():
+    command = f"{sys.executable} -m jaxmerge inspect {SMS} {MOVIE} {NAMES} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "sms" in done.stdout
+    assert done.stderr == ""
