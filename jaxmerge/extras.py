@@ -46,7 +46,8 @@ def merge_extras(adapters: Sequence[Adapter], extras: Extras) -> tuple[dict[str,
         elif all(_identical(tensors[0], tensor) for tensor in tensors[1:]):
             merged[key] = tensors[0]
         elif extras == "average" and _have_a_mean(tensors):
-            merged[key] = _mean(tensors)
+            # From headers alone there is no mean to take, only the knowledge that there will be one.
+            merged[key] = tensors[0] if isinstance(tensors[0], jax.ShapeDtypeStruct) else _mean(tensors)
         else:
             unsettled.append(key)
     return merged, unsettled
@@ -68,8 +69,6 @@ def _have_a_mean(tensors: Sequence[AnyArray]) -> bool:
 
 
 def _mean(tensors: Sequence[AnyArray]) -> Array:
-    if isinstance(tensors[0], jax.ShapeDtypeStruct):
-        return tensors[0]
     dtype = promote(*[tensor.dtype for tensor in tensors])
     wide = promote(dtype, jnp.float32)
     with precision(dtype):

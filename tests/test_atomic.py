@@ -141,7 +141,8 @@ def slow(handle):
     print("written", flush=True)
     time.sleep(60)
 os.fsync = slow
-atomic.write_folder(Path({str(tmp_path / "new" / "out")!r}), {{"a": b"x" * 10**6}}, force=False, marker="a", owned=["a"])
+out = Path({str(tmp_path / "new" / "out")!r})
+atomic.write_folder(out, {{"a": b"x" * 10**6}}, force=False, marker="a", owned=["a"])
 """
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

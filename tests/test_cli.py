@@ -219,9 +219,17 @@ def test_options_that_do_not_fit(tmp_path, capsys, arguments, words):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["merge"], ["merge", "A"], ["merge", "A", "-o", "B", "--method", "magic"], ["merge", "A", "-o", "B", "--seed", "-1"],
-     ["merge", "A", "-o", "B", "--rank", "x"], ["nonsense"], ["merge", "A", "-o", "B", "--weights", "one"]],
-)  # fmt: skip
+    [
+        [],
+        ["nonsense"],
+        ["merge"],
+        ["merge", "A"],
+        ["merge", "A", "-o", "B", "--method", "magic"],
+        ["merge", "A", "-o", "B", "--seed", "-1"],
+        ["merge", "A", "-o", "B", "--rank", "x"],
+        ["merge", "A", "-o", "B", "--weights", "one"],
+    ],
+)
 def test_wrong_usage_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -299,7 +307,7 @@ def slow(*arguments, **options):
 command.peft.save = slow
 sync = os.fsync
 os.fsync = lambda handle: (sync(handle), time.sleep(20))
-main(sys.argv[1:])
+sys.exit(main(sys.argv[1:]))
 """
     command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / "out")]
     for number, wait in ((signal.SIGTERM, 0), (signal.SIGKILL, 1), (signal.SIGINT, 1)):
