@@ -270,7 +270,7 @@ def test_inspect_says_what_is_there(capsys, mixed: Cohort):
 def test_inspect_says_what_cannot_be_merged_and_why(capsys, tmp_path, make_cohort):
     dora = make_cohort([{"r": 2, "target_modules": ["first"], "use_dora": True}])
     run("inspect", dora.folders[0])
-    assert "cannot be merged: is DoRA" in capsys.readouterr().out
+    assert "problem: is DoRA, which cannot be merged: " in capsys.readouterr().out
     run("inspect", dora.folders[0], tmp_path / "nowhere", code=1)
     told = capsys.readouterr()
     assert "is DoRA" in told.out

@@ -15,13 +15,15 @@ from tests.conftest import delta64, relative_error
 KEY = jax.random.key(7)
 GRID = list(itertools.product(jm.METHODS, jm.SPACES))
 grid = pytest.mark.parametrize(("method", "space"), GRID, ids=[f"{m}-{s}" for m, s in GRID])
-SHAPES = {"layers.0.q": (20, 16), "layers.1.q": (20, 16), "layers.10.q": (20, 16), "head": (16, 24)}
+# One shape, so that each law compiles one program a cell; TWO_SHAPES where buckets matter.
+SHAPES = {"layers.0.q": (20, 16), "layers.1.q": (20, 16), "layers.10.q": (20, 16)}
+TWO_SHAPES = {**SHAPES, "head": (16, 24)}
 
 
 def arguments(method, space, density=0.4):
     """What a method needs to run, from its row alone; at full rank, where no truncation blurs a law."""
     row = jm.METHODS[method]
-    rank = None if jm.SPACES[space].load(row).capacity([4], 16, 24) == 4 else 16
+    rank = None if jm.SPACES[space].load(row).capacity([4], 20, 16) == 4 else 16
     values = {h.name: density if h.kind == "density" else h.default for h in row.hyperparameters}
     return {"method": method, "space": space, "rank": rank, **({"key": KEY} if row.random else {}), **values}
 
@@ -94,17 +96,18 @@ def test_the_order_of_adapters_does_not_matter_unless_drawn(method, space, adapt
     merged = jm.merge(adapters, [1, 0.5, -2], **arguments(method, space))
     turned = jm.merge(adapters[::-1], [-2, 0.5, 1], **arguments(method, space))
     if row.random:  # Each position draws for itself.
-        assert relative_error(deltas(turned)["head"], deltas(merged)["head"]) > 1e-2
+        assert relative_error(deltas(turned)["layers.1.q"], deltas(merged)["layers.1.q"]) > 1e-2
     else:
         assert_close(deltas(turned), deltas(merged))
 
 
 @grid
-def test_the_same_bits_whatever_else_is_merged(method, space, adapters):
+def test_the_same_bits_whatever_else_is_merged(method, space):
+    adapters = [random_adapter(seed, shapes=TWO_SHAPES) for seed in range(3)]
     whole = bits(jm.merge(adapters, [1, 0.5, -2], **arguments(method, space)))
     backwards = [jm.Adapter(dict(reversed(adapter.modules.items()))) for adapter in adapters]
     assert bits(jm.merge(backwards, [1, 0.5, -2], **arguments(method, space))) == whole
-    for path in SHAPES:
+    for path in ("layers.10.q", "head"):
         alone = [jm.Adapter({path: adapter.modules[path]}) for adapter in adapters]
         assert bits(jm.merge(alone, [1, 0.5, -2], **arguments(method, space))) == {path: whole[path]}
 
@@ -133,13 +136,13 @@ def test_modules_of_equal_shape_draw_apart(method, space):
 
 
 @grid
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_sources_keep_their_dtype(method, space, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_sources_keep_their_dtype(method, space, dtype):
     adapters = [random_adapter(seed, dtype=jax.numpy.dtype(dtype)) for seed in range(2)]
     wide = [jax.tree.map(lambda x: np.asarray(x, np.float32), adapter) for adapter in adapters]
     merged = jm.merge(adapters, **arguments(method, space))
     assert {str(leaf.dtype) for lora in merged.modules.values() for leaf in (lora.a, lora.b)} == {dtype}
-    tolerance = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    tolerance = {"bfloat16": 2e-2, "float16": 2e-3}[dtype]
     assert_close(deltas(merged), deltas(jm.merge(wide, **arguments(method, space))), tolerance)
 
 

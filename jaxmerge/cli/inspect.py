@@ -111,5 +111,5 @@ def _print(description: dict[str, Any]) -> None:
     if description["extras"]:
         out.print(f"not LoRA factors: {escape(', '.join(description['extras']))}")
     for problem in description["cannot_be_merged"]:
-        out.print(f"[yellow]cannot be merged:[/yellow] {escape(problem)}")
+        out.print(f"[yellow]problem:[/yellow] {escape(problem)}")
     out.print()

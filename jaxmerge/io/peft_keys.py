@@ -145,8 +145,8 @@ def nominal_rank(config: Mapping[str, Any]) -> int:
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     kind = str(config.get("peft_type", "LORA")).rsplit(".", 1)[-1].upper()
     if kind != "LORA":
-        return [f"is a {kind} adapter, not LoRA: jaxmerge merges pairs of LoRA factors"]
-    problems = [f"is {what}; it cannot be merged" for name, what in _SWITCHES.items() if config.get(name)]
+        return [_unmergeable(f"{kind}: it is not LoRA and has no pairs of factors")]
+    problems = [_unmergeable(what) for name, what in _SWITCHES.items() if config.get(name)]
     if config.get("target_parameters"):
         names = ", ".join(map(str, config["target_parameters"]))
         problems.append(f"adapts nn.Parameters ({names}; target_parameters), which cannot be merged yet")
@@ -163,6 +163,12 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, config.get(name) or {})
     return problems
+
+
+def _unmergeable(what: str) -> str:
+    """Says of ``"name: reason"`` or ``"name"`` that it cannot be merged."""
+    name, colon, reason = what.partition(": ")
+    return f"is {name}, which cannot be merged{colon}{reason}"
 
 
 def _is_number(value: Any) -> bool:
@@ -229,7 +235,7 @@ def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str,
         extras[name] = key
     for what, keys in foreign.items():
         more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        problems.append(f"is {what} ({keys[0]}{more}); it cannot be merged")
+        problems.append(f"{_unmergeable(what)} ({keys[0]}{more})")
     if len(names - {None}) > 1:
         listed = ", ".join(sorted(name for name in names if name))
         problems = [f"holds several adapters in one file ({listed}); save them one by one"]
