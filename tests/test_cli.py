@@ -18,7 +18,8 @@ import transformers
 
 import jaxmerge as jm
 from jaxmerge.cli import main
-from tests.conftest import Cohort, delta64, relative_error
+from tests.cohort import Cohort
+from tests.helpers import delta64, relative_error
 
 ADAPTERS = Path(__file__).parent / "adapters"
 SMS, MOVIE, NAMES = (str(ADAPTERS / name) for name in ("sms", "movie", "names"))

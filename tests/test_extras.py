@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import jaxmerge as jm
-from tests.conftest import Linears
+from tests.cohort import Linears
 
 
 def adapter(name="", modules=("m",), **extras):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.conftest import delta64, relative_error
+from tests.helpers import delta64, relative_error
 
 KEY = jax.random.key(7)
 GRID = list(itertools.product(jm.METHODS, jm.SPACES))

@@ -1,11 +1,16 @@
 """The exact merge against Σ wᵢ sᵢ Bᵢ Aᵢ in float64 NumPy, and truncation against a dense SVD."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.conftest import Cohort, delta64, relative_error
+from tests.helpers import delta64, relative_error
+
+if TYPE_CHECKING:
+    from tests.cohort import Cohort
 
 WEIGHTS = [1.0, 0.5, -0.3, 0.0]
 
@@ -22,7 +27,7 @@ def dense_sum(adapters, weights):
     }
 
 
-def test_scales_are_those_of_the_live_model(mixed: Cohort):
+def test_scales_are_those_of_the_live_model(mixed: "Cohort"):
     for name, adapter in zip(mixed.names, mixed.load(), strict=True):
         deltas = mixed.deltas(name)
         assert deltas.keys() == adapter.modules.keys()
@@ -31,7 +36,7 @@ def test_scales_are_those_of_the_live_model(mixed: Cohort):
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [-1, -2, -3, -4], [0, 0, 1e-6, 1]])
-def test_everything_that_may_differ(mixed: Cohort, weights):
+def test_everything_that_may_differ(mixed: "Cohort", weights):
     adapters = mixed.load()
     merged = jm.merge(adapters, weights)
     for path, expected in dense_sum(adapters, weights).items():
@@ -45,7 +50,7 @@ def test_everything_that_may_differ(mixed: Cohort, weights):
     }
 
 
-def test_no_weights_means_the_mean(mixed: Cohort):
+def test_no_weights_means_the_mean(mixed: "Cohort"):
     adapters = mixed.load()
     merged = jm.merge(adapters)
     for path, expected in dense_sum(adapters, [0.25] * 4).items():
@@ -53,7 +58,7 @@ def test_no_weights_means_the_mean(mixed: Cohort):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 10])
-def test_truncation_is_optimal_and_reported(mixed: Cohort, rank):
+def test_truncation_is_optimal_and_reported(mixed: "Cohort", rank):
     adapters = mixed.load()
     merged = jm.merge(adapters, WEIGHTS, rank=rank)
     total = lost = 0.0
@@ -67,7 +72,7 @@ def test_truncation_is_optimal_and_reported(mixed: Cohort, rank):
     assert jm.energy_kept(merged) == pytest.approx(1 - lost / total, abs=1e-6)
 
 
-def test_modules_get_what_they_can_hold(mixed: Cohort):
+def test_modules_get_what_they_can_hold(mixed: "Cohort"):
     merged = jm.merge(mixed.load(), WEIGHTS, rank=10)
     assert {path: lora.rank for path, lora in merged.modules.items()} == {
         "first": 9,
@@ -97,7 +102,7 @@ def test_adapters_that_share_their_initialisation():
     assert relative_error(jm.delta(jm.merge(adapters, [1] * 4, rank=31).modules["m"]), expected) < 1e-5
 
 
-def test_identical_adapters_and_cancellation(mixed: Cohort):
+def test_identical_adapters_and_cancellation(mixed: "Cohort"):
     adapter = mixed.load()[0]
     merged = jm.merge([adapter, adapter], [0.5, 0.5])
     for path, lora in adapter.modules.items():
@@ -161,7 +166,7 @@ def test_bias_is_the_weighted_sum(make_cohort):
     np.testing.assert_allclose(merged.modules["first"].bias, expected, rtol=1e-6)
 
 
-def test_inside_jit_with_traced_weights(mixed: Cohort):
+def test_inside_jit_with_traced_weights(mixed: "Cohort"):
     adapters = mixed.load()
     for rank in (None, 3):
         eager = jm.merge(adapters, WEIGHTS, rank=rank)
@@ -173,7 +178,7 @@ def test_inside_jit_with_traced_weights(mixed: Cohort):
             np.testing.assert_allclose(jm.delta(traced.modules[path]), jm.delta(lora), atol=1e-5)
 
 
-def test_a_second_merge_of_equal_shapes_compiles_nothing(mixed: Cohort):
+def test_a_second_merge_of_equal_shapes_compiles_nothing(mixed: "Cohort"):
     adapters = mixed.load()
     jm.merge(adapters, WEIGHTS, rank=3)
     with jax.log_compiles(), pytest.MonkeyPatch.context():
@@ -190,7 +195,7 @@ def test_a_second_merge_of_equal_shapes_compiles_nothing(mixed: Cohort):
     assert not [record for record in records if "Finished XLA compilation" in record.getMessage()]
 
 
-def test_one_program_per_bucket(mixed: Cohort):
+def test_one_program_per_bucket(mixed: "Cohort"):
     assert len(jm.lower(mixed.load(), WEIGHTS, rank=3)) == 3
     assert len(jm.lower(mixed.load()[:1], rank=3)) == 2  # first and second have one shape
 

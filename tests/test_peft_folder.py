@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import jaxmerge as jm
-from tests.conftest import KINDS, Cohort, Kinds, Linears, delta64, relative_error
+from tests.cohort import KINDS, Cohort, Kinds, Linears
+from tests.helpers import delta64, relative_error
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "jaxmerge.json"]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import jaxmerge as jm
-from tests.conftest import KINDS, LINEARS, Cohort, Kinds, delta64, relative_error
+from tests.cohort import KINDS, LINEARS, Cohort, Kinds
+from tests.helpers import delta64, relative_error
 
 SETTINGS = [
     {"combination_type": "cat"},

@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 
 import jaxmerge as jm
-from tests.conftest import Linears
+from tests.cohort import Linears
 
 
 class Experts(torch.nn.Module):
