@@ -156,13 +156,13 @@ def peek(path: Path) -> Adapter:
     Raises:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge.
     """
-    headers = read_headers(path)
+    headers = _sound_headers(path)
 
-    def spec(key: str, shape: tuple[int, ...] | None = None) -> Any:
-        tensor = headers.tensors[key]
-        return jax.ShapeDtypeStruct(shape or tensor.shape, _dtype(tensor.dtype))
+    def shape_of(key: str, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, _dtype(headers.tensors[key].dtype))
 
-    return _adapter(headers, path, lambda key, shape: spec(key, shape), provenance={"path": str(path)})
+    provenance = {"path": str(path)}
+    return build_adapter(headers.config, headers.tensors, headers.contents, shape_of, str(path), provenance)
 
 
 def load(path: Path) -> Adapter:
@@ -177,8 +177,7 @@ def load(path: Path) -> Adapter:
     Raises:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge.
     """
-    headers = read_headers(path)
-    _raise_problems(headers, path)
+    headers = _sound_headers(path)
     tensors, digest = _read_tensors(headers)
     provenance = {
         "path": str(path),
@@ -187,10 +186,17 @@ def load(path: Path) -> Adapter:
         "config_sha256": hashlib.sha256((headers.folder / CONFIG).read_bytes()).hexdigest(),
     }
 
-    def read(key: str, shape: tuple[int, ...] | None) -> Any:
-        return tensors[key] if shape is None else tensors[key].reshape(shape)
+    def read(key: str, shape: tuple[int, ...]) -> Any:
+        return tensors[key].reshape(shape)
 
-    return _adapter(headers, path, read, provenance)
+    return build_adapter(headers.config, headers.tensors, headers.contents, read, str(path), provenance)
+
+
+def _sound_headers(path: Path) -> Headers:
+    headers = read_headers(path)
+    if headers.contents.problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in headers.contents.problems))
+    return headers
 
 
 def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
@@ -206,26 +212,11 @@ def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
         raise ValueError(f"{headers.weights}: cannot be read: {_one_line(error)}") from None
 
 
-def _raise_problems(headers: Headers, path: Path) -> None:
-    if headers.contents.problems:
-        raise ValueError("\n".join(f"{path}: {problem}" for problem in headers.contents.problems))
-
-
-def _adapter(
-    headers: Headers,
-    path: Path,
-    read: Callable[[str, tuple[int, ...] | None], Any],
-    provenance: Mapping[str, str],
-) -> Adapter:
-    _raise_problems(headers, path)
-    return build_adapter(headers.config, headers.tensors, headers.contents, read, str(path), provenance)
-
-
 def build_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
     contents: Contents,
-    read: Callable[[str, tuple[int, ...] | None], Any],
+    read: Callable[[str, tuple[int, ...]], Any],
     name: str,
     provenance: Mapping[str, Any],
 ) -> Adapter:
@@ -235,7 +226,7 @@ def build_adapter(
         config: The parsed adapter_config.json.
         tensors: Key -> header.
         contents: What is in it, without problems.
-        read: ``(key, shape or None) ->`` the tensor, in that shape.
+        read: ``(key, shape) ->`` the tensor, in that shape.
         name: What messages call it.
         provenance: Where it came from.
 
@@ -250,7 +241,7 @@ def build_adapter(
             a=read(a, (a_shape[0], math.prod(a_shape[1:]))),
             b=read(b, b_shape[:2]),
             scale=module.scale,
-            bias=read(module.keys["bias"], None) if "bias" in module.keys else None,
+            bias=read(module.keys["bias"], b_shape[:1]) if "bias" in module.keys else None,
         )
         layouts.append((path, module.layout))
     metadata = Metadata(
@@ -263,7 +254,7 @@ def build_adapter(
         provenance=json.dumps(provenance),
         own_base=contents.own_base,
     )
-    extras = {name: read(key, None) for name, key in contents.extras.items()}
+    extras = {name: read(key, tensors[key].shape) for name, key in contents.extras.items()}
     return Adapter(modules=modules, extras=extras, metadata=metadata)
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jaxmerge.base import Adapter
+from jaxmerge.base import Adapter, AnyArray
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import PREFIX, TensorSpec, read_contents
 
@@ -25,18 +25,7 @@ _SPELLING = {
 
 
 def from_torch(state_dict: Mapping[str, torch.Tensor], config: Any) -> Adapter:
-    """An adapter from PEFT's tensors in memory.
-
-    Args:
-        state_dict: As ``peft.get_peft_model_state_dict`` gives it; adapter names inside the keys are dropped.
-        config: The adapter's ``LoraConfig``, or its contents as a dict.
-
-    Returns:
-        The adapter. Its arrays share memory with the tensors where DLPack allows.
-
-    Raises:
-        ValueError: If it holds something that jaxmerge does not merge.
-    """
+    """See `jaxmerge.from_torch`."""
     config = _plain(config.to_dict() if hasattr(config, "to_dict") else config)
     specs = {
         key: TensorSpec(_SPELLING.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
@@ -46,23 +35,14 @@ def from_torch(state_dict: Mapping[str, torch.Tensor], config: Any) -> Adapter:
     if contents.problems:
         raise ValueError("\n".join(f"the state dict {problem}" for problem in contents.problems))
 
-    def read(key: str, shape: tuple[int, ...] | None) -> jax.Array | np.ndarray:
-        tensor = state_dict[key].detach()
-        return _to_jax(tensor if shape is None else tensor.reshape(shape))
+    def read(key: str, shape: tuple[int, ...]) -> AnyArray:
+        return _to_jax(state_dict[key].detach().reshape(shape))
 
     return peft.build_adapter(config, specs, contents, read, "", {})
 
 
 def to_torch(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """PEFT's tensors of an adapter; `peft_config` gives the configuration that goes with them.
-
-    Args:
-        adapter: Of concrete arrays.
-
-    Returns:
-        A state dict as ``peft.set_peft_model_state_dict`` takes it, on the CPU. Tensors share memory with NumPy
-        arrays, which is what `load` gives; JAX arrays are copied, since torch might write to them.
-    """
+    """See `jaxmerge.to_torch`."""
     return {PREFIX + name: _to_torch(array) for name, array in peft.export_tensors(adapter).items()}
 
 
@@ -97,7 +77,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({str(key): value for key, value in config.items()}, default=encode))
 
 
-def _to_jax(tensor: torch.Tensor) -> jax.Array | np.ndarray:
+def _to_jax(tensor: torch.Tensor) -> AnyArray:
     if tensor.dtype in (torch.float64, torch.int64) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         return _to_numpy(tensor)  # JAX would narrow it.
     return jnp.from_dlpack(tensor.contiguous())
