@@ -4,20 +4,28 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxmerge import lapack
 from jaxmerge.base import Adapter, LoRA
 
 
-def squared_singular_values(lora: LoRA) -> np.ndarray:
-    """The squared singular values of a module's weight change, largest first.
+def spectra(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The squared singular values of every module's weight change, largest first.
+
+    Args:
+        adapter: Of concrete arrays.
+
+    Returns:
+        Module path -> ``[*batch, r]``.
+    """
+    with lapack.single_threaded():
+        return {path: _squared_singular_values(lora) for path, lora in adapter.modules.items()}
+
+
+def _squared_singular_values(lora: LoRA) -> np.ndarray:
+    """``[*batch, r]``, of factors ``[*batch, r, in]`` and ``[*batch, out, r]``.
 
     From the Gram matrices of the factors, in float64: good to about 1e-8 of the largest, which is enough to
     say how much of the energy a rank keeps, and costs two thin products.
-
-    Args:
-        lora: Factors ``[*batch, r, in]`` and ``[*batch, out, r]``.
-
-    Returns:
-        ``[*batch, r]``.
     """
     a, b = (np.asarray(factor).astype(np.float32) for factor in (lora.a, lora.b))
     gram_a = (a @ a.swapaxes(-1, -2)).astype(np.float64)
@@ -28,21 +36,21 @@ def squared_singular_values(lora: LoRA) -> np.ndarray:
     return float(np.asarray(lora.scale)) ** 2 * np.maximum(squares[..., ::-1], 0)
 
 
-def energy_at_rank(spectra: Mapping[str, np.ndarray], rank: int) -> float:
+def energy_at_rank(squared: Mapping[str, np.ndarray], rank: int) -> float:
     """The fraction of the energy that the best approximation of a rank keeps, over all modules.
 
     Args:
-        spectra: Module path -> squared singular values ``[*batch, r]``, largest first.
+        squared: Module path -> squared singular values ``[*batch, r]``, largest first.
         rank: Of every module.
 
     Returns:
         A number in [0, 1]; 1 where there is no energy at all.
     """
-    total = sum(squares.sum() for squares in spectra.values())
-    kept = sum(squares[..., :rank].sum() for squares in spectra.values())
+    total = sum(squares.sum() for squares in squared.values())
+    kept = sum(squares[..., :rank].sum() for squares in squared.values())
     return float(kept / total) if total > 0 else 1.0
 
 
 def norms(adapter: Adapter) -> dict[str, float]:
     """The Frobenius norm of every module's weight change."""
-    return {path: float(np.sqrt(squared_singular_values(lora).sum())) for path, lora in adapter.modules.items()}
+    return {path: float(np.sqrt(squares.sum())) for path, squares in spectra(adapter).items()}

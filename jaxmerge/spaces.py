@@ -66,6 +66,7 @@ class Space:
     Attributes:
         project: ``(factors, weights [n]) -> (task sets, frame)``; a method is applied to each set.
         lift: ``(merged matrices, frame, rank) -> Lifted``.
+        numbers: ``(ranks, out, in) ->`` how many numbers are held at once for a module, about.
         capacity: ``(ranks, out, in) ->`` the largest rank that a result can have.
         full_rank: Whether results have, in general, the full rank min(out, in), so that factors of the
             sources' rank hold only a part.
@@ -74,6 +75,7 @@ class Space:
 
     project: Callable[[Factors, Array], tuple[Sequence[TaskSet], Any]]
     lift: Callable[[Sequence[Array], Any, int], Lifted]
+    numbers: Callable[[Sequence[int], int, int], int]
     capacity: Callable[[Sequence[int], int, int], int]
     full_rank: bool = False
     equal_ranks: bool = False
@@ -148,14 +150,33 @@ def stack(factors: Factors, weights: Array) -> Lifted:
     return Lifted(a, b, Energy(total, jnp.zeros_like(total)))
 
 
-FULL = Space(_project_dense, _lift_dense, lambda ranks, out, in_: min(out, in_), full_rank=True)
+def _factor_numbers(ranks: Sequence[int], out: int, in_: int) -> int:
+    """The factors, their bases, and the result."""
+    return 3 * sum(ranks) * (out + in_)
+
+
+FULL = Space(
+    _project_dense,
+    _lift_dense,
+    # The dense deltas, and what a method makes of them.
+    numbers=lambda ranks, out, in_: (len(ranks) + 3) * out * in_,
+    capacity=lambda ranks, out, in_: min(out, in_),
+    full_rank=True,
+)
 
 FULL_ROTATED = Space(
     # The same space seen in the orthonormal bases of all factors: R×R instead of out×in. Exact for methods
     # that commute with rotations of both sides.
     _project_rotated,
     _lift_rotated,
-    lambda ranks, out, in_: min(out, in_, sum(ranks)),
+    numbers=_factor_numbers,
+    capacity=lambda ranks, out, in_: min(out, in_, sum(ranks)),
 )
 
-FACTORS = Space(_project_factors, _lift_factors, lambda ranks, out, in_: ranks[0], equal_ranks=True)
+FACTORS = Space(
+    _project_factors,
+    _lift_factors,
+    numbers=_factor_numbers,
+    capacity=lambda ranks, out, in_: ranks[0],
+    equal_ranks=True,
+)

@@ -16,7 +16,7 @@ from jaxmerge.cli.console import escape, out, pattern, percent, print_json, prog
 from jaxmerge.io import atomic, peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.merging.plan import plan_merge
-from jaxmerge.metrics import energy_at_rank, squared_singular_values
+from jaxmerge.metrics import energy_at_rank, spectra
 
 
 def run(options: argparse.Namespace) -> int:
@@ -192,8 +192,7 @@ def _remarks(options: argparse.Namespace, adapters: list[Adapter], merged: Adapt
         origin = _sum_of_ranks(adapters, merged, rank)
         remarks.append(f"rank {rank}{origin}, exact")
         if rank > largest:
-            spectra = {path: squared_singular_values(lora) for path, lora in merged.modules.items()}
-            at_largest = energy_at_rank(spectra, largest)
+            at_largest = energy_at_rank(spectra(merged), largest)
             remarks[-1] += f"; --rank {largest} keeps {percent(at_largest)} of the energy"
     if kept < 1:
         exact = max(

@@ -53,6 +53,11 @@ class Program:
         """Whether the result is the sources' factors side by side."""
         return self.row.linear and self.space == "full" and rank == sum(ranks)
 
+    def modules_at_once(self, bucket: "Bucket") -> int:
+        """How many modules of a bucket fit into the working memory."""
+        numbers = self.form.numbers(bucket.ranks, *bucket.features) * math.prod(bucket.batch)
+        return max(1, _STACK_BYTES // (4 * numbers))
+
 
 class Bucket(NamedTuple):
     """What modules must share to be stacked; static under jit.
@@ -77,12 +82,6 @@ class Bucket(NamedTuple):
     def wide(self) -> str:
         """The dtype of the arithmetic: float32, or float64 where a source is."""
         return "float64" if "float64" in (*self.dtypes, self.dtype) else "float32"
-
-    @property
-    def modules_at_once(self) -> int:
-        """How many modules fit into the working memory, counting their dense deltas in every adapter."""
-        out, in_ = self.features
-        return max(1, _STACK_BYTES // (4 * out * in_ * (len(self.ranks) + 3) * math.prod(self.batch)))
 
 
 class Inputs(NamedTuple):
@@ -147,7 +146,7 @@ def merge_stack(
         return jax.lax.platform_dependent(
             stack,
             cpu=functools.partial(jax.lax.map, merge_one),
-            default=functools.partial(jax.lax.map, merge_one, batch_size=bucket.modules_at_once),
+            default=functools.partial(jax.lax.map, merge_one, batch_size=program.modules_at_once(bucket)),
         )
 
     lifted = over_modules(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))

@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxmerge import lapack
 from jaxmerge.base import Adapter, Array, Energy, LoRA, precision, promote
-from jaxmerge.merging import lapack
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
 from jaxmerge.sharding import device_count
@@ -49,7 +49,7 @@ class Plan:
         devices = device_count(self.program.mesh)
         steps = []
         for (bucket, present), paths in self.buckets.items():
-            parts = math.ceil(len(paths) / (bucket.modules_at_once * devices))
+            parts = math.ceil(len(paths) / (self.program.modules_at_once(bucket) * devices))
             size = math.ceil(len(paths) / parts)
             padded = math.ceil(size / devices) * devices
             steps += [Step(self, bucket, present, paths[i : i + size], padded) for i in range(0, len(paths), size)]

@@ -1,4 +1,4 @@
-"""How LAPACK's threads are kept in hand while modules are merged on a CPU."""
+"""How LAPACK's threads are kept in hand on a CPU."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Keeps OpenBLAS from spreading one thin QR over all cores.
+    """Keeps OpenBLAS from spreading one thin QR or product over all cores.
 
     On an idle machine that gains nothing. On a busy one its threads spin at thousands of barriers while they
     wait for a core: a merge of 0.1 s was seen to take a minute. The setting is the process's, hence the lock.
