@@ -18,8 +18,8 @@ SIGN_METHODS = ("total", "frequency")
 def sum_tasks(tasks: Array) -> Array:
     """Sums over axis 0, one task after another.
 
-    A fixed order gives the same bits however the array is sharded. Half types are summed in float32 and
-    rounded once.
+    A fixed order gives the same bits however the array is sharded; a sum of zeros is +0, since the collectives
+    of a sharded sum lose its sign. Half types are summed in float32 and rounded once.
 
     Args:
         tasks: ``[n, ...]``.
@@ -29,6 +29,8 @@ def sum_tasks(tasks: Array) -> Array:
     """
     wide = tasks.astype(promote(tasks.dtype, jnp.float32))
     total = functools.reduce(operator.add, [wide[i] for i in range(wide.shape[0])])
+    # -0 + 0 is +0, and x + -0 is x; a plain `+ 0` is folded away, a plain choice of 0 has no gradient.
+    total += jnp.where(total == 0, jnp.zeros((), wide.dtype), -jnp.zeros((), wide.dtype))
     return round_to(total, tasks.dtype)
 
 
@@ -63,7 +65,7 @@ def majority_sign_mask(tasks: Array, method: str) -> Array:
     signs = jnp.sign(tasks)
     votes = sum_tasks(tasks if method == "total" else signs)
     one = jnp.ones((), tasks.dtype)
-    return signs == jnp.where(votes >= 0, one, -one)
+    return signs == jnp.where(votes >= 0, one, -one)[None]
 
 
 def disjoint_merge(task_tensors: ArrayLike, majority_sign_mask: ArrayLike) -> Array:

@@ -5,6 +5,7 @@ integers, so the result is the same under any sharding, and on a CPU it is sever
 """
 
 import functools
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxmerge.base import Array, promote
+from jaxmerge.base import Array, has_values, promote
 
 PruneMethod = Literal["magnitude", "random"]
 
@@ -49,14 +49,13 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
         The density and its count; one that is bound already is returned as it is.
 
     Raises:
-        ValueError: If a density that is known now is negative, NaN or not a number.
+        ValueError: If the density is not one number, or is known to be negative or NaN.
     """
     if isinstance(density, Density):
         return density
     if size >= 2**31:
         raise ValueError(f"a tensor of {size} entries is too large to prune: the limit is 2**31 - 1")
-    if not isinstance(density, Tracer):
-        _check_density(density)
+    _check_density(density)
     if isinstance(density, jax.Array):
         value = jnp.asarray(density, promote(density.dtype, jnp.float32))
         count = jnp.floor(jnp.clip(value, 0, 1) * jnp.asarray(size, value.dtype))
@@ -67,10 +66,12 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
 
 
 def _check_density(density: ArrayLike) -> None:
-    try:
-        number = float(np.asarray(density, np.float64))
-    except (TypeError, ValueError):
-        raise ValueError(f"Density should be a number, got {density!r}") from None
+    is_number = isinstance(density, numbers.Real | np.generic | np.ndarray | jax.Array)
+    if not is_number or np.ndim(density) != 0 or not np.isrealobj(density):
+        raise ValueError(f"Density should be a number, got {density!r}")
+    if not has_values(density):
+        return
+    number = float(np.asarray(density, np.float64))
     if not number >= 0:
         raise ValueError(f"Density should be >= 0, got {number:g}")
 
@@ -113,26 +114,32 @@ def prune(
 
 
 def as_floating(tensor: ArrayLike) -> Array:
-    """The tensor as a JAX array; a ValueError if it is not floating-point."""
+    """The tensor as a JAX array; a ValueError if it is not of 16 to 64-bit floating point."""
     array = jnp.asarray(tensor)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"expected a floating-point tensor, got dtype {array.dtype}")
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in _UNSIGNED:
+        raise ValueError(f"expected a tensor of 16, 32 or 64-bit floats, got dtype {array.dtype}")
     return array
 
 
-def round_to(array: Array, dtype: jnp.dtype) -> Array:
+def round_to(array: Array, dtype: DTypeLike) -> Array:
     """The array in another floating dtype, rounded for certain.
 
     Inside a fusion XLA may skip the rounding of an intermediate half type; PEFT's numbers have it.
     """
     info = jnp.finfo(dtype)
-    return lax.reduce_precision(array, info.nexp, info.nmant).astype(dtype)
+    rounded = lax.reduce_precision(array, info.nexp, info.nmant)
+    if jnp.dtype(dtype) == jnp.float16 and array.dtype != jnp.float16:
+        # Below its normal range float16 has steps of one size, which reduce_precision takes for zero.
+        step = jnp.asarray(info.smallest_subnormal, array.dtype)
+        steps = lax.round(array / step, lax.RoundingMethod.TO_NEAREST_EVEN)
+        rounded = jnp.where(jnp.abs(array) < jnp.asarray(info.tiny, array.dtype), steps * step, rounded)
+    return rounded.astype(dtype)
 
 
 def need_key(key: Array | None, what: str) -> Array:
     """The key, or a ValueError that says what wanted it."""
-    if key is None:
-        raise ValueError(f"{what} draws random numbers: pass key=jax.random.key(seed)")
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"{what} draws random numbers: pass key=jax.random.key(seed), not {key!r}")
     return key
 
 
@@ -143,13 +150,13 @@ def _prune_magnitude(tensor: Array, count: Array) -> Array:
 
 @jax.jit
 def _prune_random(tensor: Array, density: Array, rescale: Array, key: Array) -> Array:
-    # Divided in float32 at least, as torch does for half types.
-    wide = promote(tensor.dtype, jnp.float32)
-    dividing = rescale & (density > 0) & (density < 1)
-    divisor = jnp.where(dividing, density, jnp.ones_like(density)).astype(wide)
-    scaled = round_to(tensor.astype(wide) / divisor, tensor.dtype)
     survives = jax.random.uniform(key, tensor.shape, jnp.float32) < density.astype(jnp.float32)
-    return jnp.where(survives, scaled, jnp.zeros_like(tensor))
+    # Divided in float32 at least, as torch does for half types; and entry by entry, since XLA would turn a
+    # division by one scalar into a multiplication by its reciprocal.
+    wide = promote(tensor.dtype, jnp.float32)
+    dividing = survives & rescale & (density > 0) & (density < 1)
+    divisor = jnp.where(dividing, density.astype(wide), jnp.ones((), wide))
+    return jnp.where(survives, round_to(tensor.astype(wide) / divisor, tensor.dtype), jnp.zeros_like(tensor))
 
 
 def largest(tensor: Array, count: ArrayLike) -> Array:

@@ -67,13 +67,13 @@ def dare_linear(
 
 def keep_largest(tasks: Array, density: ArrayLike | Density) -> Array:
     """Prunes each task ``[n, ...]`` by magnitude, on its own."""
-    bound = bind_density(density, tasks[0].size)
+    bound = bind_density(density, tasks.size // tasks.shape[0])
     return jax.vmap(lambda task: prune(task, bound, "magnitude"))(tasks)
 
 
 def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -> Array:
     """Drops entries of each task ``[n, ...]`` at random and rescales the rest, each task by its own key."""
-    bound = bind_density(density, tasks[0].size)
+    bound = bind_density(density, tasks.size // tasks.shape[0])
     keys = task_keys(need_key(key, "DARE"), tasks.shape[0])
     return jax.vmap(lambda task, key: prune(task, bound, "random", rescale=True, key=key))(tasks, keys)
 

@@ -1,5 +1,6 @@
 """What every method does first: stack the tasks, check the weights, give each task its key."""
 
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -54,7 +55,9 @@ def as_weights(weights: Weights, tasks: Array) -> Array:
     """
     if isinstance(weights, jax.Array | np.ndarray):
         array = jnp.asarray(weights)
-    elif all(isinstance(weight, int) for weight in weights):
+    elif not isinstance(weights, Sequence):
+        raise ValueError(f"expected a sequence of weights, one per task, got {weights!r}")
+    elif all(isinstance(weight, numbers.Integral) for weight in weights):
         array = jnp.asarray(np.asarray(weights, np.int32))
     else:
         array = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
@@ -64,7 +67,7 @@ def as_weights(weights: Weights, tasks: Array) -> Array:
 
 
 def weigh(tasks: Array, weights: Array) -> Array:
-    """``weights[i] * tasks[i]``, in the wider dtype of the two.
+    """``weights[i] * tasks[i]``, in the wider dtype of the two, rounded before anything is added to it.
 
     Args:
         tasks: ``[n, ...]``.
@@ -75,7 +78,11 @@ def weigh(tasks: Array, weights: Array) -> Array:
     """
     dtype = promote(tasks.dtype, weights.dtype)
     shape = weights.shape + (1,) * (tasks.ndim - 1)
-    return round_to(weights.astype(dtype).reshape(shape) * tasks.astype(dtype), dtype)
+    tasks = tasks.astype(dtype)
+    product = round_to(weights.astype(dtype).reshape(shape) * tasks, dtype)
+    # The choice changes no value. It keeps the compiler from fusing the product with the sum that follows, with one
+    # rounding for both: it would do so or not depending on the sharding.
+    return jnp.where(jnp.isnan(tasks), tasks, product)
 
 
 def task_keys(key: Array, n: int) -> Array:
@@ -91,5 +98,7 @@ def task_keys(key: Array, n: int) -> Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 1:
+        if key.shape != (n,):
+            raise ValueError(f"expected one key or {n}, one per task, got {key.shape[0]}")
         return key
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(n, dtype=jnp.uint32))
