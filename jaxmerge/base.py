@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 Array = jax.Array
 # What adapters hold: read from a file it stays on the host until it is merged.
@@ -174,6 +174,46 @@ def has_values(leaf: Any) -> bool:
     return not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
 
 
+def on_host(leaf: Any) -> bool:
+    """Whether a leaf lies in the host's memory, where NumPy reads it without a copy or a compile."""
+    if isinstance(leaf, jax.Array):
+        return has_values(leaf) and all(device.platform == "cpu" for device in leaf.devices())
+    return has_values(leaf)
+
+
 def _known(number: Array | float) -> Any:
     """A number on the host, unless it is traced."""
     return np.asarray(number) if has_values(number) else number
+
+
+def nonfinite_modules(adapter: Adapter) -> list[str]:
+    """The modules with a NaN or inf in them, as far as values are known now.
+
+    Args:
+        adapter: Its leaves may be traced, or mere shapes.
+
+    Returns:
+        Module paths.
+    """
+    return [
+        path
+        for path, lora in adapter.modules.items()
+        if not all(_finite(leaf) for leaf in (lora.a, lora.b, lora.scale, lora.bias) if leaf is not None)
+    ]
+
+
+def _finite(leaf: ArrayLike) -> bool:
+    if not has_values(leaf):
+        return True
+    if not on_host(leaf):
+        return bool(_all_finite(leaf))
+    # A sum is finite if all terms are, but for overflow: the cheap pass first.
+    with np.errstate(all="ignore"):
+        array = np.asarray(leaf)
+        array = array.astype(np.float32) if array.dtype.itemsize == 2 else array
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+
+
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()

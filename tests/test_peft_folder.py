@@ -1085,3 +1085,12 @@ def test_a_state_dict_that_is_not_lora_is_refused():
         jm.from_torch(state, {"r": 1, "lora_alpha": 1})
     with pytest.raises(ValueError, match="the state dict is DoRA"):
         jm.from_torch(state, peft.LoraConfig(r=1, use_dora=True))
+
+
+def test_a_result_that_overflows_is_not_written(tmp_path):
+    big = jm.Adapter({"m": jm.LoRA(np.full((1, 4), 300, np.float16), np.full((3, 1), 300, np.float16))})
+    merged = jm.merge([big], [1000.0])
+    with pytest.raises(ValueError, match="module m holds numbers too large for float16"):
+        jm.save(merged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    jm.save(jm.merge([big], [1000.0], dtype="float32"), tmp_path / "out")

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.base import Adapter, Metadata
+from jaxmerge.base import Adapter, Metadata, nonfinite_modules
 from jaxmerge.cli.console import escape, out, pattern, print_json, report_problems, span, table
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import Layout, natural_order
-from jaxmerge.merging.checks import nonfinite_modules
 from jaxmerge.metrics import norms
 
 

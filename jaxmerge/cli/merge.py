@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return report_problems([f"{where}{error.strerror or error}; nothing was written"], options.json)
-    except MemoryError:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         return report_problems(["out of memory; nothing was written"], options.json)
     summary = summarise(options, adapters, merged)
     if options.json:

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxmerge.base import Adapter, Array, LoRA, Metadata, energy_kept
+from jaxmerge.base import Adapter, Array, LoRA, Metadata, energy_kept, nonfinite_modules
 from jaxmerge.io import atomic, card
 from jaxmerge.io.peft_keys import (
     FLOATS,
@@ -347,11 +347,10 @@ def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None 
             name: {"rank": adapter.modules[name].rank, "energy_kept": float(adapter.energy[name].kept)}
             for name in sorted(adapter.modules, key=natural_order)
         }
+    if broken := nonfinite_modules(adapter):
+        raise ValueError(f"module {broken[0]} holds numbers too large for {adapter.modules[broken[0]].a.dtype}, or NaN")
     config = export_config(adapter)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
-    overflown = [name for name, array in tensors.items() if array.dtype == np.float16 and np.isinf(array).any()]
-    if overflown:
-        raise ValueError(f"{overflown[0]} is too large for float16: use float32 or bfloat16")
     files = {
         CONFIG: _json(config),
         WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),

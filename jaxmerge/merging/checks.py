@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Adapter, Array, has_values
+from jaxmerge.base import Adapter, Array, has_values, nonfinite_modules
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
 from jaxmerge.sparsify import bind_density
 
@@ -195,29 +195,3 @@ def value_problems(adapters: Sequence[Adapter]) -> list[str]:
         if bad:
             problems.append(f"{adapter_name(adapters, index)}: NaN or inf in {listing(bad)}")
     return problems
-
-
-def nonfinite_modules(adapter: Adapter) -> list[str]:
-    """The modules with a NaN or inf in them, as far as values are known now."""
-    return [
-        path
-        for path, lora in adapter.modules.items()
-        if not all(_finite(leaf) for leaf in (lora.a, lora.b, lora.scale, lora.bias) if leaf is not None)
-    ]
-
-
-def _finite(leaf: ArrayLike) -> bool:
-    if not has_values(leaf):
-        return True
-    if isinstance(leaf, jax.Array):
-        return bool(_all_finite(leaf))
-    # A sum is finite if all terms are, but for overflow: the cheap pass first.
-    with np.errstate(all="ignore"):
-        array = np.asarray(leaf)
-        array = array.astype(np.float32) if array.dtype.itemsize == 2 else array
-        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
-
-
-@jax.jit
-def _all_finite(array: Array) -> Array:
-    return jnp.isfinite(array).all()

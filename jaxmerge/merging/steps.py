@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxmerge import lapack
-from jaxmerge.base import Adapter, Array, Energy, LoRA, precision, promote
+from jaxmerge.base import Adapter, Array, Energy, LoRA, on_host, precision, promote
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
 from jaxmerge.sharding import device_count
@@ -136,7 +135,7 @@ def _stack(arrays: Sequence[Any]) -> Array:
 
 def _unstack(array: Array) -> list[Array]:
     """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
-    if isinstance(array, Tracer) or any(device.platform != "cpu" for device in array.devices()):
+    if not on_host(array):
         return list(array)
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 
