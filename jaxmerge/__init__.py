@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from jaxmerge.base import Adapter, Energy, LoRA, Metadata, delta, energy_kept
     from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
     from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
-    from jaxmerge.io import from_torch, load, peek, peft_config, save, to_torch
+    from jaxmerge.io import from_state, from_torch, load, peek, peft_config, save, to_state, to_torch
     from jaxmerge.merging import lower, merge
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
     from jaxmerge.methods.sign_consensus import dare_ties, ties
@@ -20,7 +20,7 @@ _HOMES = {
     "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
     "jaxmerge.catalog": ("COMBINATION_TYPES", "METHODS", "SPACES"),
     "jaxmerge.consensus": ("calculate_majority_sign_mask", "disjoint_merge"),
-    "jaxmerge.io": ("from_torch", "load", "peek", "peft_config", "save", "to_torch"),
+    "jaxmerge.io": ("from_state", "from_torch", "load", "peek", "peft_config", "save", "to_state", "to_torch"),
     "jaxmerge.merging": ("lower", "merge"),
     "jaxmerge.methods.arithmetic": ("dare_linear", "magnitude_prune", "task_arithmetic"),
     "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
@@ -42,6 +42,7 @@ __all__ = [
     "delta",
     "disjoint_merge",
     "energy_kept",
+    "from_state",
     "from_torch",
     "load",
     "lower",
@@ -53,6 +54,7 @@ __all__ = [
     "save",
     "task_arithmetic",
     "ties",
+    "to_state",
     "to_torch",
 ]
 

@@ -93,6 +93,7 @@ class Metadata:
             hashable record, for modules that need telling.
         config: The format's own configuration, as JSON.
         provenance: Where the adapter came from, as JSON: a file and its hash, or the merge that made it.
+        tree: How the adapter goes back to the tree it came from, as the format's own hashable record.
         own_base: Why its factors belong to a base model of their own (PiSSA and its kin), or empty.
     """
 
@@ -103,6 +104,7 @@ class Metadata:
     layouts: tuple[tuple[str, Any], ...] = ()
     config: str = "{}"
     provenance: str = "{}"
+    tree: Any = None
     own_base: str = ""
 
 

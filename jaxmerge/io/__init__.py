@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmerge.base import Adapter, Metadata
-from jaxmerge.io import peft
+from jaxmerge.io import peft, trees
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,14 @@ def save(adapter: Adapter, path: str | Path, format: str | None = None, *, force
             format.
         OSError: If the disk fails or is full; nothing is left then.
     """
-    check_format(format)
-    peft.save(adapter, Path(path), force=force)
-
-
-def check_format(format: str | None) -> None:
-    """Raises a ValueError for a format that jaxmerge cannot write."""
     if format not in (None, "peft"):
         raise ValueError(f"unknown format {format!r}: there is peft")
+    if adapter.metadata.format != "peft":
+        raise ValueError(
+            f"the adapter is a tree of format {adapter.metadata.format}, which jaxmerge does not write to files yet: "
+            "to_state gives it back in memory"
+        )
+    peft.save(adapter, Path(path), force=force)
 
 
 def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
@@ -85,17 +85,70 @@ def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
         for path, layout in metadata.layouts:
             if layouts.setdefault(path, (layout, name))[0] != layout:
                 problems.append(f"module {path} is of different kinds in {layouts[path][1]} and {name}")
-    config, conflicts = peft.combine_configs(adapters, names)
+    first = metadatas[0]
+    if any(metadata.format != first.format for metadata in metadatas):
+        formats = ", ".join(f"{name} is {metadata.format}" for metadata, name in zip(metadatas, names, strict=True))
+        return first, [*problems, f"the adapters are of different formats: {formats}"]
+    config, conflicts = peft.combine_configs(adapters, names) if first.format == "peft" else ({}, [])
     merged = dataclasses.replace(
-        metadatas[0],
+        first,
         name="",
         rank=None,
         base_model=next((m.base_model for m in metadatas if m.base_model), None),
         layouts=tuple((path, layout) for path, (layout, _) in layouts.items()),
         config=json.dumps(config, sort_keys=True),
+        tree=trees.widest(adapters),
         own_base="",
     )
     return merged, problems + conflicts
+
+
+def from_state(
+    state: Any,
+    *,
+    alpha: float | None = None,
+    scan_axis: "trees.ScanAxis" = None,
+    layout: str | None = None,
+    pattern: tuple[str, str] | None = None,
+) -> Adapter:
+    """An adapter from a Flax LoRA tree in memory: ``nnx.state(model, nnx.LoRAParam)``, a pure dict, Linen params.
+
+    The trees of flax.nnx (``nnx.LoRA``, ``nnx.LoRALinear``), of qwix (so of Tunix and MaxText) and of the gemma
+    library are recognised by their names. Nothing is copied to the host, and it works inside `jax.jit`.
+
+    Args:
+        state: The tree. Leaves that are not factors become extras.
+        alpha: For qwix, whose trees do not hold it and whose scale is alpha / rank.
+        scan_axis: Where the layers of a scan lie in the factors; ``"none"`` for none. Wanted where shapes leave it
+            open, which they do for scanned layers.
+        layout: ``"nnx"``, ``"qwix"`` or ``"gemma"``, where a tree could be of several.
+        pattern: For any other tree: regular expressions that match the paths of all A and of all B, keys joined by
+            ``/``, each with a group ``module`` (and ``parameter``, where a module has several). Such a tree has
+            the scale alpha / rank.
+
+    Returns:
+        The adapter; `to_state` gives it back in the same structure.
+
+    Raises:
+        ValueError: If the tree is not understood; it names every module.
+    """
+    return trees.from_state(state, alpha=alpha, scan_axis=scan_axis, layout=layout, pattern=pattern)
+
+
+def to_state(adapter: Adapter) -> Any:
+    """The tree of an adapter, in the structure that `from_state` had: ``nnx.update(model, jm.to_state(merged))``.
+
+    Args:
+        adapter: From `from_state`, or merged from such.
+
+    Returns:
+        The tree, with the scale folded into B: a model whose alpha is its rank, or that has no alpha, computes what
+        the adapter says.
+
+    Raises:
+        ValueError: If the adapter does not come from a tree, or the first one's has no place for a module.
+    """
+    return trees.to_state(adapter)
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
