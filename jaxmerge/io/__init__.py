@@ -13,11 +13,25 @@ if TYPE_CHECKING:
     import torch
 
 
-def load(path: str | Path) -> Adapter:
-    """Reads an adapter.
+def load(
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    scan_axis: "trees.ScanAxis" = None,
+    item: str | None = None,
+    layout: str | None = None,
+    pattern: tuple[str, str] | None = None,
+) -> Adapter:
+    """Reads an adapter; its format is recognised.
 
     Args:
-        path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name.
+        path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name. Or an Orbax
+            checkpoint of a Flax LoRA tree: a manager's root (the latest step is taken), a step, or an item.
+        alpha: For Orbax, as in `from_state`.
+        scan_axis: For Orbax, as in `from_state`.
+        item: For Orbax, which item of a step that has several.
+        layout: For Orbax, as in `from_state`.
+        pattern: For Orbax, as in `from_state`.
 
     Returns:
         The adapter, its arrays on the host and in the dtype of the file.
@@ -26,7 +40,23 @@ def load(path: str | Path) -> Adapter:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each
             problem, with the file and the module.
     """
-    return peft.load(Path(path))
+    path = Path(path)
+    options = {"alpha": alpha, "scan_axis": scan_axis, "layout": layout, "pattern": pattern}
+    if _is_orbax(path):
+        from jaxmerge.io import orbax
+
+        return orbax.load(path, item, **options)
+    if given := [name for name, value in {**options, "item": item}.items() if value is not None]:
+        raise ValueError(f"{path}: is no Orbax checkpoint, for which alone {', '.join(given)} can be given")
+    return peft.load(path)
+
+
+def _is_orbax(path: Path) -> bool:
+    """Whether a folder looks like an Orbax checkpoint, a step, or a manager's root; imports nothing to tell."""
+    if not path.is_dir() or (path / peft.CONFIG).is_file():
+        return False
+    marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    return any((path / mark).exists() for mark in marks) or any(step.name.isdigit() for step in path.iterdir())
 
 
 def peek(path: str | Path) -> Adapter:
@@ -41,6 +71,8 @@ def peek(path: str | Path) -> Adapter:
     Raises:
         ValueError: As `load` does.
     """
+    if _is_orbax(Path(path)):
+        raise ValueError(f"{path}: is an Orbax checkpoint, which is merged in Python: jaxmerge.load and to_state")
     return peft.peek(Path(path))
 
 

@@ -7,6 +7,7 @@ of A before r or of B after it. Scanned layers have one more axis, at the same p
 `TREE_FORMATS` says what the leaves are called and what the scale is: a new format is a row.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -149,6 +150,12 @@ def to_state(adapter: Adapter) -> Any:
     return jax.tree.unflatten(tree.structure, leaves)
 
 
+def named(adapter: Adapter, name: str, provenance: str) -> Adapter:
+    """The adapter under a name and with a provenance, both from where it was read."""
+    metadata = dataclasses.replace(adapter.metadata, name=name, provenance=provenance)
+    return dataclasses.replace(adapter, metadata=metadata)
+
+
 def widest(adapters: Sequence[Adapter]) -> Tree | None:
     """The tree of the first adapter that has a place for everything; of the first at all, if there is none."""
     wanted = {path for adapter in adapters for path in (*adapter.modules, *adapter.extras)}
@@ -237,25 +244,31 @@ def _scanned(a: tuple[int, ...], b: tuple[int, ...], axis: int) -> TreeLayout:
 
 
 def _lora(a: AnyArray, b: AnyArray, layout: TreeLayout) -> LoRA:
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    # By the arrays' own methods: NumPy's stay on the host, and traced ones are traced.
     batch: tuple[int, ...] = ()
     if layout.scan_axis is not None:
-        a, b = jnp.moveaxis(a, layout.scan_axis, 0), jnp.moveaxis(b, layout.scan_axis, 0)
+        a, b = (_moved(x, layout.scan_axis, 0) for x in (a, b))
         batch = a.shape[:1]
     rank = a.shape[-1]
     a = a.reshape(*batch, math.prod(layout.inputs), rank)
     b = b.reshape(*batch, rank, math.prod(layout.outputs))
-    return LoRA(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2))
+    return LoRA(a.swapaxes(-1, -2), b.swapaxes(-1, -2))
+
+
+def _moved(x: Any, source: int, target: int) -> Any:
+    axes = [axis for axis in range(x.ndim) if axis != source]
+    axes.insert(target, source)
+    return x.transpose(axes)
 
 
 def _leaf_a(lora: LoRA, layout: TreeLayout) -> jax.Array:
-    a = jnp.swapaxes(jnp.asarray(lora.a), -1, -2).reshape(*lora.batch, *layout.inputs, lora.rank)
-    return a if layout.scan_axis is None else jnp.moveaxis(a, 0, layout.scan_axis)
+    a = jnp.asarray(lora.a).swapaxes(-1, -2).reshape(*lora.batch, *layout.inputs, lora.rank)
+    return a if layout.scan_axis is None else _moved(a, 0, layout.scan_axis)
 
 
 def _leaf_b(lora: LoRA, layout: TreeLayout) -> jax.Array:
     """B with the scale folded in: the formats keep none, and alpha equal to the rank restores it."""
     b = jnp.asarray(lora.b)
     scaled = (b.astype(jnp.float32) * jnp.asarray(lora.scale, jnp.float32)).astype(b.dtype)
-    b = jnp.swapaxes(scaled, -1, -2).reshape(*lora.batch, lora.rank, *layout.outputs)
-    return b if layout.scan_axis is None else jnp.moveaxis(b, 0, layout.scan_axis)
+    b = scaled.swapaxes(-1, -2).reshape(*lora.batch, lora.rank, *layout.outputs)
+    return b if layout.scan_axis is None else _moved(b, 0, layout.scan_axis)
