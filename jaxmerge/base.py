@@ -94,6 +94,7 @@ class Metadata:
         config: The format's own configuration, as JSON.
         provenance: Where the adapter came from, as JSON: a file and its hash, or the merge that made it.
         tree: How the adapter goes back to the tree it came from, as the format's own hashable record.
+        place: Where in a file of several parts the adapter lay, as the format's own hashable record.
         own_base: Why its factors belong to a base model of their own (PiSSA and its kin), or empty.
     """
 
@@ -105,6 +106,7 @@ class Metadata:
     config: str = "{}"
     provenance: str = "{}"
     tree: Any = None
+    place: Any = None
     own_base: str = ""
 
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 for a problem with the inputs. A usage error exits with 2.
     """
     options = build_parser().parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at length of what we tell in a line.
     command = importlib.import_module(f"jaxmerge.cli.{options.command}")
     try:
         code = command.run(options)
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what is in adapters", description=_INSPECT)
     inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
     methods = commands.add_parser("methods", help="list methods, spaces and PEFT's combination types")
+    _add_reading(inspect)
     for command in (inspect, methods):
         _add_json(command)
     return parser
@@ -86,7 +89,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         )
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
-    what.add_argument("--format", choices=["peft"], help="of the result (the first adapter's)")
+    what.add_argument("--format", choices=["peft"], help="of the result (that of the first adapter)")
     what.add_argument(
         "--extras",
         default="same",
@@ -96,7 +99,23 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--allow-different-bases", action="store_true", help="merge across base models")
     what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
+    _add_reading(parser)
     _add_json(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    reading = parser.add_argument_group("how Orbax checkpoints are read")
+    reading.add_argument(
+        "--alpha", nargs="+", type=float, metavar="A", help="of LoRA that qwix made, one for all or one per adapter"
+    )
+    reading.add_argument(
+        "--scan-axis", type=_scan_axis, metavar="N|none", help="where the layers of a scan lie in the factors"
+    )
+    reading.add_argument("--item", help="which item of a step that has several")
+
+
+def _scan_axis(text: str) -> int | str:
+    return text if text == "none" else int(text)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """What commands print: tables for people, JSON for machines, problems, and a progress bar."""
 
+import argparse
 import json
 import re
 import sys
@@ -61,6 +62,19 @@ def progress(label: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda steps=1: bar.advance(task, steps)
+
+
+def reading(options: argparse.Namespace, index: int) -> dict[str, Any]:
+    """How the adapter at a position is read, as arguments of `jaxmerge.load`.
+
+    Raises:
+        ValueError: If the alphas are neither one nor one per adapter.
+    """
+    alphas, n = options.alpha, len(options.adapters)
+    if alphas is not None and len(alphas) not in (1, n):
+        raise ValueError(f"{len(alphas)} alphas for {n} adapters: give one for all, or one per adapter")
+    alpha = None if alphas is None else alphas[index if len(alphas) > 1 else 0]
+    return {"alpha": alpha, "scan_axis": options.scan_axis, "item": options.item}
 
 
 def pattern(path: str) -> str:

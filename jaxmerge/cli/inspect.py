@@ -3,24 +3,27 @@
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmerge import io
 from jaxmerge.base import Adapter, Metadata, nonfinite_modules
-from jaxmerge.cli.console import escape, out, pattern, print_json, report_problems, span, table
+from jaxmerge.cli.console import escape, out, pattern, print_json, reading, report_problems, span, table
 from jaxmerge.io import peft
-from jaxmerge.io.peft_keys import Layout, natural_order
+from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.io.trees import MissingAlphaError
 from jaxmerge.metrics import norms
 
 
 def run(options: argparse.Namespace) -> int:
     """Describes every path; exits with 1 if one cannot be read at all."""
     described, problems = [], []
-    for path in options.adapters:
+    for i, path in enumerate(options.adapters):
         try:
-            described.append(describe(Path(path)))
+            described.append(describe(Path(path), reading(options, i)))
         except ValueError as error:
             problems += str(error).splitlines()
     if options.json:
@@ -31,12 +34,36 @@ def run(options: argparse.Namespace) -> int:
     return report_problems(problems, as_json=False) if problems else 0
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What is in an adapter, as JSON holds it.
 
     Raises:
         ValueError: If its files are missing or broken.
     """
+    return _describe_orbax(path, options) if io.is_orbax(path) else _describe_peft(path)
+
+
+def _describe_orbax(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    problems = []
+    try:
+        adapter = io.load(path, **options)
+    except MissingAlphaError as error:
+        problems = str(error).splitlines()
+        adapter = io.load(path, **{**options, "alpha": 1.0})
+    described = {
+        "path": str(path),
+        "format": adapter.metadata.format,
+        "base_model": None,
+        "parameters": int(sum(leaf.size for lora in adapter.modules.values() for leaf in (lora.a, lora.b))),
+        **_described(adapter, problems),
+    }
+    if problems:  # The scale, and with it the norm, is not known.
+        for module in described["modules"].values():
+            module.update(scale=None, norm=None)
+    return described
+
+
+def _describe_peft(path: Path) -> dict[str, Any]:
     headers = peft.read_headers(path)
     contents = headers.contents
     description: dict[str, Any] = {
@@ -53,17 +80,20 @@ def describe(path: Path) -> dict[str, Any]:
     }
     if contents.problems:
         return description
-    adapter = peft.load(path)
-    if adapter.metadata.own_base:
-        description["cannot_be_merged"].append(adapter.metadata.own_base)
-    broken = nonfinite_modules(adapter)
-    description["cannot_be_merged"] += [f"module {module} holds NaN or inf" for module in broken]
-    description["sha256"] = json.loads(adapter.metadata.provenance)["sha256"]
-    description["modules"] = _modules(adapter, adapter.metadata)
-    description["extras"] = {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in adapter.extras.items()
+    return description | _described(peft.load(path), [])
+
+
+def _described(adapter: Adapter, problems: Sequence[str]) -> dict[str, Any]:
+    own_base = [adapter.metadata.own_base] if adapter.metadata.own_base else []
+    broken = [f"module {module} holds NaN or inf" for module in nonfinite_modules(adapter)]
+    return {
+        "cannot_be_merged": [*problems, *own_base, *broken],
+        "sha256": json.loads(adapter.metadata.provenance)["sha256"],
+        "modules": _modules(adapter, adapter.metadata),
+        "extras": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in adapter.extras.items()
+        },
     }
-    return description
 
 
 def _modules(adapter: Adapter, metadata: Metadata) -> dict[str, Any]:
@@ -72,9 +102,10 @@ def _modules(adapter: Adapter, metadata: Metadata) -> dict[str, Any]:
         norm = {path: value if np.isfinite(value) else None for path, value in _norms(adapter).items()}
     return {
         path: {
-            "kind": layouts.get(path, Layout()).kind,
+            "kind": getattr(layouts.get(path), "kind", "linear"),
             "out": lora.features[0],
             "in": lora.features[1],
+            "batch": list(lora.batch),
             "rank": lora.rank,
             "scale": lora.scale,
             "dtype": str(lora.a.dtype),
@@ -104,8 +135,19 @@ def _print(description: dict[str, Any]) -> None:
         rows = []
         for (path, kind, shape, rank, scale, dtype), members in groups.items():
             finite = [member["norm"] for member in members if member["norm"] is not None]
-            norm = span(finite) if len(finite) == len(members) else "NaN or inf"
-            rows.append((path, kind, dtype, shape, rank, f"{scale:.4g}", len(members), norm))
+            norm = span(finite) if len(finite) == len(members) else "unknown" if scale is None else "NaN or inf"
+            rows.append(
+                (
+                    path,
+                    kind,
+                    dtype,
+                    shape,
+                    rank,
+                    "alpha / rank" if scale is None else f"{scale:.4g}",
+                    len(members),
+                    norm,
+                )
+            )
         out.print(table(headings, rows))
     if description["extras"]:
         out.print(f"not LoRA factors: {escape(', '.join(description['extras']))}")

@@ -1,6 +1,7 @@
 """``jaxmerge merge``: check everything, merge, write, and say what was lost."""
 
 import argparse
+import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
@@ -10,10 +11,21 @@ from typing import Any
 import jax
 
 from jaxmerge import io
-from jaxmerge.base import Adapter, energy_kept
+from jaxmerge.base import Adapter, Metadata, energy_kept
 from jaxmerge.catalog import METHODS
-from jaxmerge.cli.console import escape, out, pattern, percent, print_json, progress, report_problems, span, table
-from jaxmerge.io import atomic, peft
+from jaxmerge.cli.console import (
+    escape,
+    out,
+    pattern,
+    percent,
+    print_json,
+    progress,
+    reading,
+    report_problems,
+    span,
+    table,
+)
+from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
@@ -28,8 +40,8 @@ def run(options: argparse.Namespace) -> int:
             return report_problems(problems, options.json)
         adapters = []
         with progress("reading", len(paths)) as advance:
-            for path in paths:
-                adapters.append(io.load(path))
+            for i, path in enumerate(paths):
+                adapters.append(io.load(path, **reading(options, i)))
                 advance()
         problems = twins(adapters)
         if problems:
@@ -41,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
             for step in steps:
                 results.append(jax.block_until_ready(step.run()))
                 advance(len(step.paths))
-        merged = plan.finish(results)
-        peft.save(merged, Path(options.output), force=options.force, seed=options.seed)
+        merged = _with_seed(plan.finish(results), options.seed)
+        io.save(merged, Path(options.output), options.format, force=options.force)
     except ValueError as error:
         return report_problems(str(error).splitlines(), options.json)
     except OSError as error:
@@ -58,6 +70,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(summary)
     return 0
+
+
+def _with_seed(merged: Adapter, seed: int | None) -> Adapter:
+    """The adapter with the seed in its provenance, beside the key that was made from it."""
+    record = {**json.loads(merged.metadata.provenance), **({} if seed is None else {"seed": seed})}
+    return dataclasses.replace(merged, metadata=dataclasses.replace(merged.metadata, provenance=json.dumps(record)))
 
 
 def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,9 +109,9 @@ def _extras(options: argparse.Namespace) -> str | int:
 def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]:
     """Everything that can be known to be wrong before a weight is read."""
     problems, peeked = [], []
-    for path in paths:
+    for i, path in enumerate(paths):
         try:
-            peeked.append(io.peek(path))
+            peeked.append(io.peek(path, **reading(options, i)))
         except ValueError as error:
             problems += str(error).splitlines()
     output = Path(options.output)
@@ -102,12 +120,12 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
         first = seen.setdefault(path.resolve(), path)
         if first is not path:
             problems.append(f"{path}: is given twice; one weight for it says the same")
-        if path.exists() and output.exists() and peft_folder(path) == output.resolve():
+        if path.exists() and output.exists() and output.resolve() in (path.resolve(), peft_folder(path)):
             problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
     if options.density is not None and not 0 < options.density <= 1:
         problems.append(f"--density {options.density:g} is not in (0, 1]")
     try:
-        atomic.check_target(output, options.force, peft.CONFIG)
+        io.check_target(peeked[0].metadata if peeked else Metadata(), output, options.format, options.force)
     except ValueError as error:
         problems.append(str(error))
     complete = len(peeked) == len(paths)

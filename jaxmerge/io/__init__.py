@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmerge.base import Adapter, Metadata
-from jaxmerge.io import peft, trees
+from jaxmerge.io import atomic, peft, trees
 
 if TYPE_CHECKING:
     import torch
@@ -40,30 +40,15 @@ def load(
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each
             problem, with the file and the module.
     """
-    path = Path(path)
-    options = {"alpha": alpha, "scan_axis": scan_axis, "layout": layout, "pattern": pattern}
-    if _is_orbax(path):
-        from jaxmerge.io import orbax
-
-        return orbax.load(path, item, **options)
-    if given := [name for name, value in {**options, "item": item}.items() if value is not None]:
-        raise ValueError(f"{path}: is no Orbax checkpoint, for which alone {', '.join(given)} can be given")
-    return peft.load(path)
+    return _read(Path(path), "load", alpha=alpha, scan_axis=scan_axis, item=item, layout=layout, pattern=pattern)
 
 
-def _is_orbax(path: Path) -> bool:
-    """Whether a folder looks like an Orbax checkpoint, a step, or a manager's root; imports nothing to tell."""
-    if not path.is_dir() or (path / peft.CONFIG).is_file():
-        return False
-    marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
-    return any((path / mark).exists() for mark in marks) or any(step.name.isdigit() for step in path.iterdir())
-
-
-def peek(path: str | Path) -> Adapter:
+def peek(path: str | Path, **options: Any) -> Adapter:
     """Reads an adapter's headers alone: `load` with the shapes of tensors in place of tensors.
 
     Args:
         path: As in `load`.
+        **options: As in `load`.
 
     Returns:
         The adapter, its leaves `jax.ShapeDtypeStruct`.
@@ -71,9 +56,25 @@ def peek(path: str | Path) -> Adapter:
     Raises:
         ValueError: As `load` does.
     """
-    if _is_orbax(Path(path)):
-        raise ValueError(f"{path}: is an Orbax checkpoint, which is merged in Python: jaxmerge.load and to_state")
-    return peft.peek(Path(path))
+    return _read(Path(path), "peek", **options)
+
+
+def _read(path: Path, how: str, **options: Any) -> Adapter:
+    if is_orbax(path):
+        from jaxmerge.io import orbax
+
+        return getattr(orbax, how)(path, **options)
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{path}: is no Orbax checkpoint, for which alone {', '.join(given)} can be given")
+    return getattr(peft, how)(path)
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder looks like an Orbax checkpoint, a step, or a manager's root; imports nothing to tell."""
+    if not path.is_dir() or (path / peft.CONFIG).is_file():
+        return False
+    marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
+    return any((path / mark).exists() for mark in marks) or any(step.name.isdigit() for step in path.iterdir())
 
 
 def save(adapter: Adapter, path: str | Path, format: str | None = None, *, force: bool = False) -> None:
@@ -82,23 +83,42 @@ def save(adapter: Adapter, path: str | Path, format: str | None = None, *, force
     Args:
         adapter: Of concrete arrays.
         path: The folder; missing parents are made.
-        format: ``"peft"``, or None for the format the adapter came in.
-        force: Replace a folder that is an adapter itself. Files in it that are neither PEFT's nor jaxmerge's
-            stay where they are.
+        format: ``"peft"``, or None for the format and layout the adapter came in.
+        force: Replace a folder that is an adapter itself. Files in a PEFT folder that are neither PEFT's nor
+            jaxmerge's stay where they are.
 
     Raises:
         ValueError: If the format is unknown, the folder may not be written, or the adapter does not fit the
             format.
         OSError: If the disk fails or is full; nothing is left then.
     """
-    if format not in (None, "peft"):
-        raise ValueError(f"unknown format {format!r}: there is peft")
-    if adapter.metadata.format != "peft":
+    _writer(adapter.metadata, format).save(adapter, Path(path), force=force)
+
+
+def check_target(metadata: Metadata, path: Path, format: str | None, force: bool) -> None:
+    """Raises the ValueError that `save` would raise for the format or the folder, before there is an adapter."""
+    writer = _writer(metadata, format)
+    if writer is peft:
+        atomic.check_target(path, force, peft.CONFIG)
+    else:
+        writer.check_target(path, force)
+
+
+def _writer(metadata: Metadata, format: str | None) -> Any:
+    if format not in (None, "peft", metadata.format):
+        raise ValueError(f"unknown format {format!r}: there are peft and the format of the first adapter")
+    if (format or metadata.format) == "peft":
+        if metadata.format != "peft":
+            raise ValueError(f"an adapter of format {metadata.format} cannot be written as peft yet")
+        return peft
+    if metadata.place is None:
         raise ValueError(
-            f"the adapter is a tree of format {adapter.metadata.format}, which jaxmerge does not write to files yet: "
-            "to_state gives it back in memory"
+            f"the adapter is a tree in memory, of format {metadata.format}: to_state gives it back, and files are "
+            "written in the layout of those that were read"
         )
-    peft.save(adapter, Path(path), force=force)
+    from jaxmerge.io import orbax
+
+    return orbax
 
 
 def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
@@ -121,7 +141,9 @@ def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
     if any(metadata.format != first.format for metadata in metadatas):
         formats = ", ".join(f"{name} is {metadata.format}" for metadata, name in zip(metadatas, names, strict=True))
         return first, [*problems, f"the adapters are of different formats: {formats}"]
-    config, conflicts = peft.combine_configs(adapters, names) if first.format == "peft" else ({}, [])
+    config, conflicts = (
+        peft.combine_configs(adapters, names) if first.format == "peft" else (json.loads(first.config), [])
+    )
     merged = dataclasses.replace(
         first,
         name="",

@@ -65,7 +65,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool, marker:
                 if handles is None or not _link(handles[name], staging / name):
                     _write_named(staging / name, data)
             _sync_folder(staging)
-            _put_in_place(staging, path, owned)
+            put_in_place(staging, path, owned)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             for parent in made:
@@ -146,7 +146,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _put_in_place(staging: Path, path: Path, owned: Collection[str]) -> None:
+def put_in_place(staging: Path, path: Path, owned: Collection[str]) -> None:
+    """Renames a finished folder to its place; of one that is there, what is not owned moves into the new one."""
     if not path.exists():
         staging.rename(path)
         return

@@ -1,11 +1,15 @@
-"""Orbax checkpoints of Flax LoRA trees: read on any machine, whatever devices they were written from.
+"""Orbax checkpoints of Flax LoRA trees, read on any machine and written in the layout they came in.
 
 Orbax is imported where it is used: that takes a second, and PEFT folders need none of it.
 """
 
+import dataclasses
 import hashlib
 import json
+import secrets
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,25 @@ import jax
 import numpy as np
 
 from jaxmerge.base import Adapter
-from jaxmerge.io import trees
+from jaxmerge.io import atomic, trees
 
 # Items that hold copies of the factors under the same names, and are no adapter.
 _NOT_ADAPTERS = ("optimizer_state", "opt_state")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a checkpoint the adapter lay, and so lies in the one that is written.
+
+    Attributes:
+        step: The step under the path that was given; None if that was the checkpoint itself.
+        item: Its name in the checkpoint; None for a checkpoint without items.
+        marked: Whether it was saved by the function `save` of Orbax's v1, which marks its folders.
+    """
+
+    step: int | None
+    item: str | None
+    marked: bool
 
 
 def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
@@ -33,22 +52,123 @@ def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
     Raises:
         ValueError: If it is no checkpoint, is broken, or its tree is not understood.
     """
+    folder, place, shapes = _find(path, item)
+    try:
+        tree = _restore(folder, place.item, shapes)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be restored: {_one_line(error)}") from None
+    return _adapter(path, folder, place, tree, {"sha256": _digest(tree)}, options)
+
+
+def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
+    """The adapter with the shapes of its tensors in place of the tensors. Arguments and errors are those of `load`."""
+    folder, place, shapes = _find(path, item)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+    return _adapter(path, folder, place, tree, {}, options)
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuses a target that may not be written.
+
+    Raises:
+        ValueError: If something is there that may not be replaced, or the place cannot be written to.
+    """
+    if force and path.is_dir() and any(path.iterdir()) and not _is_committed(path.resolve()):
+        raise ValueError(f"{path}: is not one finished checkpoint, so --force does not replace it")
+    atomic.check_target(path, force, marker="_CHECKPOINT_METADATA")
+
+
+def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
+    """Writes a checkpoint in the layout of the one the adapter was read from: its steps, items and names.
+
+    Orbax commits it, so that a crash leaves nothing that looks finished. The provenance goes into its custom metadata,
+    beside what the source had there.
+
+    Args:
+        adapter: Read from a checkpoint, or merged from such.
+        path: What the source's path was: a root, a step, or a checkpoint.
+        force: Replace a checkpoint.
+
+    Raises:
+        ValueError: If the folder may not be written, or no adapter's tree has a place for a module.
+    """
+    check_target(path, force)
+    place: Place = adapter.metadata.place
+    tree = jax.tree.map(np.asarray, trees.to_state(adapter))
+    custom = {**json.loads(adapter.metadata.config), "jaxmerge": json.loads(adapter.metadata.provenance)}
+    path = path.resolve()
+    if not path.exists():
+        _write(path, place, tree, custom)
+        return
+    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        _write(staging, place, tree, custom)
+        atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()])
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
+    import orbax.checkpoint as v0
+    from orbax.checkpoint import v1
+
+    if place.step is not None:
+        with v0.CheckpointManager(path) as manager:
+            items = v0.args.Composite(**{place.item or "default": v0.args.StandardSave(tree)})
+            manager.save(place.step, args=items, custom_metadata=custom)
+    elif place.marked:
+        v1.save_checkpointables(str(path), {place.item or "state": tree}, custom_metadata=custom)
+    elif place.item is not None:
+        with v0.Checkpointer(v0.CompositeCheckpointHandler()) as checkpointer:
+            items = v0.args.Composite(**{place.item: v0.args.StandardSave(tree)})
+            checkpointer.save(path, args=items, custom_metadata=custom)
+    else:
+        with v0.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree, custom_metadata=custom)
+
+
+def _find(path: Path, item: str | None) -> tuple[Path, Place, Any]:
+    """The checkpoint's folder, the place of the adapter in it, and the shapes of its leaves."""
     folder = _step(path.resolve(), path)
+    below_root = folder.parent == path.resolve()
     if not _is_committed(folder):  # An item: its step is what Orbax reads.
         folder, item = folder.parent, folder.name
     items = _items(folder, path)
     name = _chosen(items, item, path)
-    shapes = items[name]
-    try:
-        tree = _restore(folder, name, shapes)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be restored: {_one_line(error)}") from None
+    step = int(folder.name) if below_root else None
+    return folder, Place(step, name, (folder / "orbax.checkpoint").exists()), items[name]
+
+
+def _adapter(
+    path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
+) -> Adapter:
     try:
         adapter = trees.from_state(tree, **options)
     except ValueError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
-    provenance = {"path": str(path), "step": folder.name if folder.name.isdigit() else None, "item": name}
-    return trees.named(adapter, str(path), json.dumps({**provenance, "sha256": _digest(tree)}))
+        raise type(error)("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    provenance = {
+        "path": str(path),
+        "step": folder.name if folder.name.isdigit() else None,
+        "item": place.item,
+        "alpha": options.get("alpha"),
+        **known,
+    }
+    metadata = dataclasses.replace(
+        adapter.metadata,
+        name=str(path),
+        place=place,
+        config=json.dumps(_custom_metadata(folder)),
+        provenance=json.dumps(provenance),
+    )
+    return dataclasses.replace(adapter, metadata=metadata)
+
+
+def _custom_metadata(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if key != "jaxmerge"} if isinstance(found, dict) else {}
 
 
 def _is_committed(folder: Path) -> bool:
@@ -107,9 +227,10 @@ def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path) -> st
             raise ValueError(f"{path}: has no item {item!r}: there are {', '.join(map(str, items)) or 'none'}")
         return item
     candidates = [name for name in items if name not in _NOT_ADAPTERS]
-    if len(candidates) != 1:
-        what = f"several items ({', '.join(map(str, candidates))}): name one with item=" if candidates else "no arrays"
-        raise ValueError(f"{path}: holds {what}")
+    if not candidates:
+        raise ValueError(f"{path}: holds no arrays that can be read")
+    if len(candidates) > 1:
+        raise ValueError(f"{path}: holds several items ({', '.join(map(str, candidates))}): name one with item=")
     return candidates[0]
 
 

@@ -322,14 +322,13 @@ def _targets(config: Mapping[str, Any]) -> str:
     return json.dumps([sorted(value, key=str) if isinstance(value, list) else value for value in values])
 
 
-def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None = None) -> None:
+def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     """Writes a PEFT LoRA folder, whole or not at all.
 
     Args:
         adapter: Of concrete arrays.
         path: The folder.
         force: Replace a folder that is an adapter; files in it that are neither PEFT's nor jaxmerge's stay.
-        seed: Recorded as what the key was made from.
 
     Raises:
         ValueError: If the folder may not be written, or the adapter cannot be expressed.
@@ -339,8 +338,6 @@ def save(adapter: Adapter, path: Path, *, force: bool = False, seed: int | None 
     if not adapter.modules:
         raise ValueError("the adapter holds no modules and cannot be saved")
     record = json.loads(adapter.metadata.provenance)
-    if seed is not None:
-        record["seed"] = seed
     if adapter.energy:
         record["energy_kept"] = float(energy_kept(adapter))
         record["modules"] = {

@@ -7,7 +7,6 @@ of A before r or of B after it. Scanned layers have one more axis, at the same p
 `TREE_FORMATS` says what the leaves are called and what the scale is: a new format is a row.
 """
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -87,6 +86,10 @@ class TreeLayout:
     scan_axis: int | None = None
 
 
+class MissingAlphaError(ValueError):
+    """The scale depends on alpha, the format does not hold it, and nobody gave it."""
+
+
 def from_state(
     state: Any,
     *,
@@ -111,8 +114,6 @@ def from_state(
     problems = [
         f"module {path} lacks its factor {'AB'['a' in pair]}" for path, pair in factors.items() if len(pair) < 2
     ]
-    if row.scale == "alpha" and alpha is None:
-        problems.append(f"format {name} does not store alpha, on which the scale alpha / rank depends: give alpha=")
     layouts: dict[str, TreeLayout] = {}
     for path, pair in factors.items():
         if len(pair) == 2:
@@ -123,6 +124,8 @@ def from_state(
                 layouts[path] = found
     if problems:
         raise ValueError("\n".join(problems))
+    if row.scale == "alpha" and alpha is None:
+        raise MissingAlphaError(f"format {name} does not store alpha, and its scale is alpha / rank: give alpha")
     modules = {path: _lora(pair["a"], pair["b"], layouts[path]) for path, pair in factors.items()}
     if row.scale == "alpha" and alpha is not None:
         modules = {path: LoRA(lora.a, lora.b, alpha / lora.rank) for path, lora in modules.items()}
@@ -148,12 +151,6 @@ def to_state(adapter: Adapter) -> Any:
         lora, layout = adapter.modules[path], layouts[path]
         leaves.append(_leaf_a(lora, layout) if role == "a" else _leaf_b(lora, layout))
     return jax.tree.unflatten(tree.structure, leaves)
-
-
-def named(adapter: Adapter, name: str, provenance: str) -> Adapter:
-    """The adapter under a name and with a provenance, both from where it was read."""
-    metadata = dataclasses.replace(adapter.metadata, name=name, provenance=provenance)
-    return dataclasses.replace(adapter, metadata=metadata)
 
 
 def widest(adapters: Sequence[Adapter]) -> Tree | None:
@@ -243,7 +240,14 @@ def _scanned(a: tuple[int, ...], b: tuple[int, ...], axis: int) -> TreeLayout:
     return TreeLayout((a[:axis] + a[axis + 1 :])[:-1], (b[:axis] + b[axis + 1 :])[1:], axis)
 
 
-def _lora(a: AnyArray, b: AnyArray, layout: TreeLayout) -> LoRA:
+def _lora(a: Any, b: Any, layout: TreeLayout) -> LoRA:
+    if isinstance(a, jax.ShapeDtypeStruct):
+        a, b = jax.eval_shape(lambda a, b: _factors(a, b, layout), a, b)
+        return LoRA(a, b)
+    return LoRA(*_factors(a, b, layout))
+
+
+def _factors(a: Any, b: Any, layout: TreeLayout) -> tuple[Any, Any]:
     # By the arrays' own methods: NumPy's stay on the host, and traced ones are traced.
     batch: tuple[int, ...] = ()
     if layout.scan_axis is not None:
@@ -252,7 +256,7 @@ def _lora(a: AnyArray, b: AnyArray, layout: TreeLayout) -> LoRA:
     rank = a.shape[-1]
     a = a.reshape(*batch, math.prod(layout.inputs), rank)
     b = b.reshape(*batch, rank, math.prod(layout.outputs))
-    return LoRA(a.swapaxes(-1, -2), b.swapaxes(-1, -2))
+    return a.swapaxes(-1, -2), b.swapaxes(-1, -2)
 
 
 def _moved(x: Any, source: int, target: int) -> Any:
