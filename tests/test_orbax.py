@@ -237,3 +237,37 @@ def qwix_like(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(8, 2)).astype(np.float32), rng.normal(size=(2, 3, 4)).astype(np.float32)
     return {"layers": {"0": {"q_proj": {"w_lora_a": {"value": a}, "w_lora_b": {"value": b}}}}}
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_maxtext_keeps_alpha_and_rank_in_custom_metadata(tmp_path, scanned):
+    """The layout of MaxText's NNX trainer, written by Orbax: names, nesting, and what its custom metadata holds."""
+
+    def tree(seed):
+        rng = np.random.default_rng(seed)
+        layers = (3,) if scanned else ()
+        a = rng.normal(size=(8, *layers, 2)).astype(np.float32)
+        b = rng.normal(size=(2, *layers, 3, 4) if not scanned else (2, 3, 12)).astype(np.float32)
+        query = {"kernel_lora_a": {"value": a}, "kernel_lora_b": {"value": b}}
+        return {"params": {"params": {"decoder": {"layers": {"self_attention": {"query": query}}}}}}
+
+    custom = {"lora": {"lora_rank": 2, "lora_alpha": 6.0, "module_path": ".*"}, "scan_layers": scanned}
+    for i in range(2):
+        with v0.CheckpointManager(tmp_path / str(i)) as manager:
+            manager.save(7, args=v0.args.Composite(items=v0.args.StandardSave(tree(i))), custom_metadata=custom)
+    options = {"scan_axis": 1} if scanned else {}
+    adapters = [jm.load(tmp_path / str(i), **options) for i in range(2)]
+    (path,) = adapters[0].modules
+    assert path == "decoder.layers.self_attention.query"
+    assert adapters[0].modules[path].scale == 3
+    assert adapters[0].modules[path].batch == ((3,) if scanned else ())
+    jm.save(jm.merge(adapters, [1, -1]), tmp_path / "out")
+    again = jm.load(tmp_path / "out", **options)
+    assert again.modules[path].scale == 1
+    expected = np.asarray(jm.delta(adapters[0].modules[path]) - jm.delta(adapters[1].modules[path]))
+    assert relative_error(jm.delta(again.modules[path]), expected) < 1e-5
+    written = json.loads((tmp_path / "out" / "7" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert written["lora"] == {"lora_rank": 4, "lora_alpha": 4.0, "module_path": ".*"}
+    if scanned:
+        with pytest.raises(ValueError, match="scan_axis"):
+            jm.load(tmp_path / "0")

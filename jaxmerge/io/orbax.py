@@ -95,7 +95,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     check_target(path, force)
     place: Place = adapter.metadata.place
     tree = jax.tree.map(np.asarray, trees.to_state(adapter))
-    custom = {**json.loads(adapter.metadata.config), "jaxmerge": json.loads(adapter.metadata.provenance)}
+    custom = _with_rank(json.loads(adapter.metadata.config), adapter)
+    custom["jaxmerge"] = json.loads(adapter.metadata.provenance)
     path = path.resolve()
     if not path.exists():
         _write(path, place, tree, custom)
@@ -142,6 +143,8 @@ def _find(path: Path, item: str | None) -> tuple[Path, Place, Any]:
 def _adapter(
     path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Adapter:
+    custom = _custom_metadata(folder)
+    options = _completed(options, custom)
     try:
         adapter = trees.from_state(tree, **options)
     except ValueError as error:
@@ -157,10 +160,35 @@ def _adapter(
         adapter.metadata,
         name=str(path),
         place=place,
-        config=json.dumps(_custom_metadata(folder)),
+        config=json.dumps(custom),
         provenance=json.dumps(provenance),
     )
     return dataclasses.replace(adapter, metadata=metadata)
+
+
+def _completed(options: Mapping[str, Any], custom: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with what MaxText writes into a checkpoint's custom metadata where they leave it open."""
+    alpha = options.get("alpha")
+    scan_axis = options.get("scan_axis")
+    stored = custom.get("lora")
+    if alpha is None and isinstance(stored, dict):
+        alpha = stored.get("lora_alpha")
+    if scan_axis is None and custom.get("scan_layers") is False:
+        scan_axis = "none"
+    return {**options, "alpha": alpha, "scan_axis": scan_axis}
+
+
+def _with_rank(custom: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Custom metadata in which MaxText's rank and alpha are those of the adapter: equal, as its scale is folded in."""
+    stored = custom.get("lora")
+    if not isinstance(stored, dict) or "lora_alpha" not in stored:
+        return custom
+    ranks = {lora.rank for lora in adapter.modules.values()}
+    if len(ranks) > 1:
+        listed = ", ".join(map(str, sorted(ranks)))
+        raise ValueError(f"MaxText has one rank for all modules, and these have {listed}: give a rank to merge at")
+    rank = ranks.pop()
+    return {**custom, "lora": {**stored, "lora_rank": rank, "lora_alpha": float(rank)}}
 
 
 def _custom_metadata(folder: Path) -> dict[str, Any]:
