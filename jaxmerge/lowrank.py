@@ -44,8 +44,11 @@ def truncated_svd(matrix: Array, rank: int) -> tuple[Array, Array, Array, Energy
         ``u [p, rank]``, ``s [rank]`` descending, ``vt [rank, q]``, and the energy that was lost.
     """
     if matrix.dtype == jnp.float32 and 2 * _DEPTH * (rank + _OVERSAMPLING) <= min(matrix.shape):
-        u, s, vt = _leading_svd(matrix, rank)
-        total = jnp.sum(matrix * matrix)
+        # Its repeated products would run out of float32's range for a matrix of very large or small numbers.
+        largest = jnp.max(jnp.abs(matrix))
+        unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+        u, s, vt = _leading_svd(matrix / unit, rank)
+        s, total = s * unit, jnp.sum(matrix * matrix)
         return u, s, vt, Energy(total, jnp.maximum(total - jnp.sum(s * s), 0))
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     energy = s * s

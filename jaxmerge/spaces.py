@@ -134,7 +134,8 @@ def _lift_factors(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
 def stack(factors: Factors, weights: Array) -> Lifted:
     """``Σ wᵢ sᵢ Bᵢ Aᵢ`` as it stands: the factors side by side, of rank R, with nothing to compute.
 
-    Weight and scale go on A alone, so that B keeps the bits of its source.
+    Weight and scale are shared out: a power of two, which costs no bit, goes on B, and the rest on A. So neither
+    runs out of a half type's range where the other has room.
 
     Args:
         factors: One module in n adapters.
@@ -144,8 +145,11 @@ def stack(factors: Factors, weights: Array) -> Lifted:
         Factors ``[R, in]`` and ``[out, R]``; nothing is lost.
     """
     coefficients = weights * factors.scales
-    a = jnp.concatenate([c * a for c, a in zip(coefficients, factors.a, strict=True)], axis=0)
-    b = jnp.concatenate(list(factors.b), axis=1)
+    zero = coefficients == 0
+    power = jnp.exp2(jnp.round(jnp.log2(jnp.where(zero, 1, jnp.abs(coefficients))) / 2))
+    rest = coefficients / power
+    a = jnp.concatenate([c * a for c, a in zip(rest, factors.a, strict=True)], axis=0)
+    b = jnp.concatenate([c * b for c, b in zip(power, factors.b, strict=True)], axis=1)
     total = squared_norm(a, b)
     return Lifted(a, b, Energy(total, jnp.zeros_like(total)))
 

@@ -123,6 +123,7 @@ def test_a_failure_while_replacing_leaves_the_old(tmp_path, either_way, monkeypa
             raise OSError(5, "Input/output error")
         return real(self, target)
 
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)  # As where the system has no such call.
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output"):
         write(tmp_path / "out", force=True, files={MARKER: b"2"})
@@ -153,6 +154,20 @@ atomic.write_folder(out, {{"a": b"x" * 10**6}}, force=False, marker="a", owned=[
         process.stdout.close()
         time.sleep(0.1)
         assert everything(tmp_path) == []
+
+
+def test_what_appears_meanwhile_is_not_replaced_without_force(tmp_path, either_way, monkeypatch):
+    real = atomic._sync_folder
+
+    def meanwhile(folder):
+        monkeypatch.setattr(atomic, "_sync_folder", real)
+        write(tmp_path / "out", files={MARKER: b"first"})
+        real(folder)
+
+    monkeypatch.setattr(atomic, "_sync_folder", meanwhile)
+    with pytest.raises(ValueError, match="already exists"):
+        write(tmp_path / "out", files={MARKER: b"second"})
+    assert contents(tmp_path) == {f"out/{MARKER}": b"first"}
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):

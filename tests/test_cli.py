@@ -328,3 +328,55 @@ def test_a_reader_that_goes_away_is_no_error_to_see():
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "sms" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_outputs_that_know_few_characters(tmp_path, encoding):
+    command = [sys.executable, "-m", "jaxmerge", "merge", SMS, MOVIE, "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert b"exact; --rank 16 keeps" in done.stdout
+
+
+def test_a_closed_or_full_output_does_not_lose_the_result(tmp_path):
+    for i, redirect in enumerate((">&-", ">/dev/full")):
+        out = tmp_path / str(i)
+        done = subprocess.run(
+            f"{sys.executable} -m jaxmerge merge {SMS} {MOVIE} -o {out} {redirect}",
+            shell=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        assert len(jm.load(out).modules) == 36
+
+
+def test_names_that_look_like_markup(tmp_path, capsys):
+    for name in ("[bold]x", "back\\[red]", "end\\"):
+        shutil.copytree(SMS, tmp_path / name)
+        run("inspect", tmp_path / name)
+        assert name in capsys.readouterr().out.replace("\n", "")
+
+
+def test_small_weights_do_not_vanish_in_float16(tmp_path, capsys):
+    sources = [jm.load(SMS), jm.load(MOVIE)]
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--weights", "1e-4", "1e-4")
+    merged = jm.load(tmp_path / "out")
+    for path, lora in merged.modules.items():
+        expected = 1e-4 * sum(delta64(source.modules[path]) for source in sources)
+        assert relative_error(delta64(lora), expected) < 2e-3
+    capsys.readouterr()
+    problems = refused(capsys, "merge", SMS, MOVIE, "-o", tmp_path / "none", "--weights", "1e-14", "1e-14")
+    assert "is too small for float16" in problems[0]
+
+
+def test_a_merge_that_is_nothing_says_so(tmp_path, capsys):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--weights", "0", "0")
+    assert "the merge is 0 everywhere" in capsys.readouterr().out
+
+
+def test_what_makes_it_again_is_recorded(tmp_path):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--dtype", "bfloat16", "--allow-different-bases", "--rank", "8")
+    record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
+    assert record["dtype"] == "bfloat16"
+    assert record["allow_different_bases"] is True
+    assert record["rank"] == 8

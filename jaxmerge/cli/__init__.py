@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
 
@@ -21,20 +22,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 for a problem with the inputs. A usage error exits with 2.
     """
+    _use_any_output()
     options = build_parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at length of what we tell in a line.
-    command = importlib.import_module(f"jaxmerge.cli.{options.command}")
     try:
-        code = command.run(options)
+        code = importlib.import_module(f"jaxmerge.cli.{options.command}").run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader went away, as in `jaxmerge inspect A | head`: nobody is left to tell.
+        # The reader went away, as in `jaxmerge inspect A | head`: nobody is left to tell, and the work is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        # Commands tell of their own files themselves: this is standard output.
+        sys.stderr.write(f"jaxmerge: the report cannot be printed: {error.strerror}; what is written stays\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("jaxmerge: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        sys.stderr.write("jaxmerge: interrupted; nothing was written\n")
         return 130
     return code
+
+
+def _use_any_output() -> None:
+    """Makes do with outputs that are closed, or that know fewer characters than the tables have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process lives
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,6 +131,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _scan_axis(text: str) -> int | str:
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a scan axis is a whole number from 0, or none, got {text}")
     return text if text == "none" else int(text)
 
 
@@ -123,7 +141,6 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**32:
+    if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2**32 - 1, got {text}")
-    return seed
+    return int(text)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -35,14 +36,9 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) 
     return made
 
 
-def escape(text: str) -> str:
-    """Text with nothing in it that is markup."""
-    return text.replace("[", r"\[")
-
-
 def print_json(value: Any) -> None:
     """Prints JSON on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def report_problems(problems: Sequence[str], as_json: bool) -> int:

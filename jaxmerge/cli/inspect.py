@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, Metadata, nonfinite_modules
-from jaxmerge.cli.console import escape, out, pattern, print_json, reading, report_problems, span, table
+from jaxmerge.cli.console import out, pattern, print_json, reading, report_problems, span, table
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError

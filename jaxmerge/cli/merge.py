@@ -4,17 +4,18 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, Metadata, energy_kept
 from jaxmerge.catalog import METHODS
 from jaxmerge.cli.console import (
-    escape,
     out,
     pattern,
     percent,
@@ -115,12 +116,15 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
         except ValueError as error:
             problems += str(error).splitlines()
     output = Path(options.output)
+    for path in (*paths, output):
+        if not str(path).isprintable():
+            problems.append(f"{str(path)!r}: has characters in its name that cannot be written down")
     seen: dict[Path, Path] = {}
     for path in paths:
-        first = seen.setdefault(path.resolve(), path)
+        first = seen.setdefault(Path(os.path.realpath(path)), path)
         if first is not path:
             problems.append(f"{path}: is given twice; one weight for it says the same")
-        if path.exists() and output.exists() and output.resolve() in (path.resolve(), peft_folder(path)):
+        if output.exists() and Path(os.path.realpath(output)) in (Path(os.path.realpath(path)), peft_folder(path)):
             problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
     if options.density is not None and not 0 < options.density <= 1:
         problems.append(f"--density {options.density:g} is not in (0, 1]")
@@ -147,7 +151,7 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
 def peft_folder(path: Path) -> Path | None:
     """The folder the adapter's files lie in, resolved; None if there is none."""
     try:
-        return peft.find_folder(path).resolve()
+        return Path(os.path.realpath(peft.find_folder(path)))
     except ValueError:
         return None
 
@@ -214,11 +218,14 @@ def _remarks(options: argparse.Namespace, adapters: list[Adapter], merged: Adapt
         if rank > largest:
             at_largest = energy_at_rank(spectra(merged), largest)
             remarks[-1] += f"; --rank {largest} keeps {percent(at_largest)} of the energy"
+    if all(float(energy.total) == 0 for energy in merged.energy.values()):
+        remarks = ["the merge is 0 everywhere"]
     if kept < 1:
         exact = max(
             sum(adapter.modules[path].rank for adapter in adapters if path in adapter.modules)
             for path in merged.modules
         )
+        exact = min(exact, max(min(lora.features) for lora in merged.modules.values()))
         more = f"the exact rank is {exact}" if METHODS[record["method"]].linear else "a higher --rank keeps more"
         remarks.append(f"rank {rank} keeps {percent(kept)} of the energy; {more}")
     if len(ranks) > 1:
@@ -255,6 +262,7 @@ def _print(summary: dict[str, Any]) -> None:
     out.print(
         table([("", "right"), ("adapter", "left"), ("weight", "right"), ("rank", "right"), ("sha256", "left")], inputs)
     )
+    out.print()
     groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for path, module in summary["modules"].items():
         sources = "all" if len(module["sources"]) == len(inputs) else ", ".join(map(str, module["sources"]))
@@ -264,6 +272,7 @@ def _print(summary: dict[str, Any]) -> None:
     headings = [("module", "left"), ("out×in", "right"), ("rank", "right"), ("from", "left"),
                 ("count", "right"), ("energy kept", "right")]  # fmt: skip
     out.print(table(headings, rows))
+    out.print()
     for remark in summary["remarks"]:
         style = "yellow" if ("keeps" in remark and "exact;" not in remark) or "approximation" in remark else "none"
         out.print(escape(remark), style=style)

@@ -1,11 +1,13 @@
 """Folders that appear whole or not at all.
 
-On Linux every file is written without a name (``O_TMPFILE``) and flushed to disk before anything is linked
-into the file system, so that even a killed process leaves nothing behind. Elsewhere a hidden staging folder
-beside the target is cleaned up on the way out.
+On Linux every file is written without a name (``O_TMPFILE``) and flushed to disk before it is linked into the
+file system, so that a process killed while it writes leaves nothing behind; and a folder that is replaced is
+exchanged for the new one in one step. Elsewhere a hidden staging folder beside the target is cleaned up on the way
+out, and a replacement takes two renames.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -65,7 +67,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool, marker:
                 if handles is None or not _link(handles[name], staging / name):
                     _write_named(staging / name, data)
             _sync_folder(staging)
-            put_in_place(staging, path, owned)
+            put_in_place(staging, path, owned, force)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             for parent in made:
@@ -146,11 +148,32 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def put_in_place(staging: Path, path: Path, owned: Collection[str]) -> None:
-    """Renames a finished folder to its place; of one that is there, what is not owned moves into the new one."""
-    if not path.exists():
+def put_in_place(staging: Path, path: Path, owned: Collection[str], force: bool) -> None:
+    """Moves a finished folder to its place; of one that it replaces, what is not owned moves into the new one."""
+    if not force or not path.exists():
+        if path.exists():  # It was not there when the work began.
+            raise ValueError(f"{path}: already exists (--force replaces an adapter)")
         staging.rename(path)
         return
+    old = staging if _exchange(staging, path) else _replace(staging, path)
+    for entry in old.iterdir():
+        if entry.name not in owned:
+            entry.rename(path / entry.name)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _replace(staging: Path, path: Path) -> Path:
+    """Puts a folder in the place of another, which is moved aside; returns where to."""
     old = path.parent / f".{path.name}.{secrets.token_hex(4)}.replaced"
     path.rename(old)
     try:
@@ -158,7 +181,4 @@ def put_in_place(staging: Path, path: Path, owned: Collection[str]) -> None:
     except BaseException:
         old.rename(path)
         raise
-    for entry in old.iterdir():
-        if entry.name not in owned:
-            entry.rename(path / entry.name)
-    shutil.rmtree(old)
+    return old

@@ -104,7 +104,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         _write(staging, place, tree, custom)
-        atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()])
+        atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=force)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxmerge.base import Adapter, Array, LoRA, Metadata, energy_kept, nonfinite_modules
+from jaxmerge.base import Adapter, Array, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
 from jaxmerge.io import atomic, card
 from jaxmerge.io.peft_keys import (
     FLOATS,
@@ -25,6 +25,7 @@ from jaxmerge.io.peft_keys import (
     Contents,
     Layout,
     TensorSpec,
+    as_list,
     inside_wrapper,
     natural_order,
     nominal_rank,
@@ -79,8 +80,11 @@ def find_folder(path: Path) -> Path:
     Raises:
         ValueError: If there is none, or several.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such folder")
+    try:
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such folder")
+    except (OSError, RuntimeError) as error:  # A name too long, a link to itself.
+        raise ValueError(f"{path}: cannot be opened: {_one_line(error)}") from None
     if path.is_file():
         if path.name in (CONFIG, WEIGHTS, PICKLED):
             return path.parent
@@ -208,7 +212,8 @@ def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
         return _read_pickled(headers.weights), digest.hexdigest()
     try:
         return safetensors.numpy.load_file(headers.weights), digest.hexdigest()
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, AttributeError, KeyError, TypeError) as error:
+        # The last three are what a dtype provokes that NumPy does not have.
         raise ValueError(f"{headers.weights}: cannot be read: {_one_line(error)}") from None
 
 
@@ -286,7 +291,7 @@ def combine_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[
             problems.append(f"{field} differs between {' and '.join(values.values())}, and cannot be merged")
         elif values:
             merged[field] = json.loads(next(iter(values)))
-    saved = [name for config in configs for name in config.get("modules_to_save") or []]
+    saved = [name for config in configs for name in as_list(config.get("modules_to_save"))]
     if saved:
         merged["modules_to_save"] = list(dict.fromkeys(saved))
     biases = {config.get("bias") or "none" for config in configs} - {"none"}
@@ -302,7 +307,7 @@ def _impossible(adapters: Sequence[Adapter], merged: Mapping[str, Any]) -> list[
     problems = []
     extras = {name for adapter in adapters for name in adapter.extras}
     layouts = dict(layout for adapter in adapters for layout in adapter.metadata.layouts)
-    saved = merged.get("modules_to_save") or []
+    saved = as_list(merged.get("modules_to_save"))
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
         if any(path == name or path.endswith(f".{name}") for name in saved):
             problems.append(f"module {path} is saved whole by one adapter and has LoRA factors in another")
@@ -344,6 +349,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
             name: {"rank": adapter.modules[name].rank, "energy_kept": float(adapter.energy[name].kept)}
             for name in sorted(adapter.modules, key=natural_order)
         }
+    if vanished := [name for name, lora in adapter.modules.items() if _vanished(lora, adapter.energy.get(name))]:
+        raise ValueError(f"module {vanished[0]} is too small for {adapter.modules[vanished[0]].a.dtype}: it became 0")
     if broken := nonfinite_modules(adapter):
         raise ValueError(f"module {broken[0]} holds numbers too large for {adapter.modules[broken[0]].a.dtype}, or NaN")
     config = export_config(adapter)
@@ -422,6 +429,13 @@ def _written_out(paths: Sequence[str]) -> list[str] | str:
 def _alpha(lora: LoRA) -> int | float:
     alpha = float(lora.scale) * lora.rank
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _vanished(lora: LoRA, energy: Energy | None) -> bool:
+    """Whether rounding made all of a merged module 0."""
+    if energy is None or not float(energy.total) > float(energy.lost):
+        return False
+    return not (np.asarray(lora.a).any() and np.asarray(lora.b).any())
 
 
 def _host(array: Array | np.ndarray) -> np.ndarray:

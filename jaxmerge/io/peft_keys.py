@@ -148,7 +148,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         return [_unmergeable(f"{kind}: it is not LoRA and has no pairs of factors")]
     problems = [_unmergeable(what) for name, what in _SWITCHES.items() if config.get(name)]
     if config.get("target_parameters"):
-        names = ", ".join(map(str, config["target_parameters"]))
+        names = ", ".join(map(str, as_list(config["target_parameters"])))
         problems.append(f"adapts nn.Parameters ({names}; target_parameters), which cannot be merged yet")
     for name, value in config.items():
         if name.startswith("use_") and value and name not in _KNOWN_SWITCHES:
@@ -157,12 +157,17 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         value = config.get(name, 8)
         if not _is_number(value):
             problems.append(f"{name} in adapter_config.json is {_short(value)}, not a number")
-    base = config.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        problems.append(f"base_model_name_or_path in adapter_config.json is {_short(base)}, not a name")
+    for name in ("base_model_name_or_path", "bias"):
+        if not isinstance(config.get(name) or "", str):
+            problems.append(f"{name} in adapter_config.json is {_short(config[name])}, not a name")
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, config.get(name) or {})
     return problems
+
+
+def as_list(names: Any) -> list[Any]:
+    """A list of names of which the configuration may have one alone, or none."""
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _unmergeable(what: str) -> str:
@@ -304,7 +309,8 @@ def _check_module(
     name = path.removesuffix(".base_layer.out_proj")
     declared = _for_module(config.get("rank_pattern"), name, config.get("r", 8))
     if declared != rank:
-        return f"module {path} has rank {rank}, but adapter_config.json says {declared}"
+        says = f"says {declared}" if "r" in config else f"has no r, for which PEFT takes {declared}"
+        return f"module {path} has rank {rank}, but adapter_config.json {says}"
     bias = tensors[module.keys["bias"]] if "bias" in module.keys else None
     if bias is not None and (bias.shape != b.shape[:1] or bias.dtype not in FLOATS):
         return f"module {path} has a lora_B.bias of shape {bias.shape} and type {bias.dtype}, which does not fit"
@@ -324,4 +330,4 @@ def _for_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 
 def natural_order(path: str) -> list[tuple[int, int | str]]:
     """A sort key under which ``layers.2`` comes before ``layers.10``."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path)]

@@ -92,7 +92,9 @@ def plan_merge(
         "rank": rank,
         "hyperparameters": {name: _recordable(value) for name, value in {**choices, **numbers}.items()},
         "key": None if key is None or not METHODS[method].random else _recordable_key(key),
+        "dtype": dtype,
         "extras": extras,
+        "allow_different_bases": allow_different_bases,
         "versions": versions(),
     }
     metadata = dataclasses.replace(metadata, provenance=json.dumps(record))

@@ -123,7 +123,8 @@ def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
     """``[L, n]`` from n rows of L numbers, put together on the host if they are there."""
     if any(isinstance(value, jax.Array) for row in rows for value in row):
         return jnp.stack([jnp.stack([jnp.asarray(value, dtype) for value in row]) for row in rows], axis=1)
-    return jnp.asarray(np.asarray(rows, dtype).T)
+    with np.errstate(over="ignore"):  # A weight too large for the dtype makes a result that is refused.
+        return jnp.asarray(np.asarray(rows, dtype).T)
 
 
 def _stack(arrays: Sequence[Any]) -> Array:
