@@ -510,7 +510,7 @@ def test_delta_of_float64_factors_is_float64():
 def test_a_float16_overflow_is_refused_and_leaves_nothing(tmp_path):
     a = np.full((1, 4), 6e4, np.float16)
     adapter = jm.Adapter({"m": jm.LoRA(a, np.ones((3, 1), np.float16))})
-    with pytest.raises(ValueError, match=r"m\.lora_A\.weight is too large for float16"):
+    with pytest.raises(ValueError, match=r"module m holds numbers too large for float16"):
         jm.save(jm.merge([adapter, adapter], [2, 1]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1089,8 +1089,8 @@ def test_a_state_dict_that_is_not_lora_is_refused():
 
 def test_a_result_that_overflows_is_not_written(tmp_path):
     big = jm.Adapter({"m": jm.LoRA(np.full((1, 4), 300, np.float16), np.full((3, 1), 300, np.float16))})
-    merged = jm.merge([big], [1000.0])
+    merged = jm.merge([big], [1e6])
     with pytest.raises(ValueError, match="module m holds numbers too large for float16"):
         jm.save(merged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    jm.save(jm.merge([big], [1000.0], dtype="float32"), tmp_path / "out")
+    jm.save(jm.merge([big], [1e6], dtype="float32"), tmp_path / "out")
