@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmerge.base import Adapter, Metadata
 from jaxmerge.io import atomic, peft, trees
+from jaxmerge.io.peft_config import combine_configs, export_config
 
 if TYPE_CHECKING:
     import torch
@@ -141,9 +142,7 @@ def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
     if any(metadata.format != first.format for metadata in metadatas):
         formats = ", ".join(f"{name} is {metadata.format}" for metadata, name in zip(metadatas, names, strict=True))
         return first, [*problems, f"the adapters are of different formats: {formats}"]
-    config, conflicts = (
-        peft.combine_configs(adapters, names) if first.format == "peft" else (json.loads(first.config), [])
-    )
+    config, conflicts = combine_configs(adapters, names) if first.format == "peft" else (json.loads(first.config), [])
     merged = dataclasses.replace(
         first,
         name="",
@@ -214,7 +213,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     Returns:
         What ``peft.LoraConfig`` takes, and `from_torch`.
     """
-    return peft.export_config(adapter)
+    return export_config(adapter)
 
 
 def from_torch(state_dict: "Mapping[str, torch.Tensor]", config: Any) -> Adapter:
