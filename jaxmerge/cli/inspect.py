@@ -11,7 +11,7 @@ import numpy as np
 from rich.markup import escape
 
 from jaxmerge import io
-from jaxmerge.base import Adapter, Metadata, nonfinite_modules
+from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.cli.console import out, pattern, print_json, reading, report_problems, span, table
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
@@ -47,10 +47,11 @@ def describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_orbax(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     problems = []
     try:
-        adapter = io.load(path, **options)
+        io.peek(path, **options)
     except MissingAlphaError as error:
         problems = str(error).splitlines()
-        adapter = io.load(path, **{**options, "alpha": 1.0})
+        options = {**options, "alpha": 1.0}
+    adapter = io.load(path, **options)
     described = {
         "path": str(path),
         "format": adapter.metadata.format,
@@ -86,21 +87,22 @@ def _describe_peft(path: Path) -> dict[str, Any]:
 
 def _described(adapter: Adapter, problems: Sequence[str]) -> dict[str, Any]:
     own_base = [adapter.metadata.own_base] if adapter.metadata.own_base else []
-    broken = [f"module {module} holds NaN or inf" for module in nonfinite_modules(adapter)]
+    broken = nonfinite_modules(adapter)
     return {
-        "cannot_be_merged": [*problems, *own_base, *broken],
+        "cannot_be_merged": [*problems, *own_base, *[f"module {module} holds NaN or inf" for module in broken]],
         "sha256": json.loads(adapter.metadata.provenance)["sha256"],
-        "modules": _modules(adapter, adapter.metadata),
+        "modules": _modules(adapter, broken),
         "extras": {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in adapter.extras.items()
         },
     }
 
 
-def _modules(adapter: Adapter, metadata: Metadata) -> dict[str, Any]:
-    layouts = dict(metadata.layouts)
+def _modules(adapter: Adapter, broken: Sequence[str]) -> dict[str, Any]:
+    layouts = dict(adapter.metadata.layouts)
+    sound = Adapter({path: lora for path, lora in adapter.modules.items() if path not in broken})
     with np.errstate(all="ignore"):
-        norm = {path: value if np.isfinite(value) else None for path, value in _norms(adapter).items()}
+        norm = {path: value for path, value in norms(sound).items() if np.isfinite(value)}
     return {
         path: {
             "kind": getattr(layouts.get(path), "kind", "linear"),
@@ -111,16 +113,10 @@ def _modules(adapter: Adapter, metadata: Metadata) -> dict[str, Any]:
             "scale": lora.scale,
             "dtype": str(lora.a.dtype),
             "bias": lora.bias is not None,
-            "norm": norm[path],
+            "norm": norm.get(path),
         }
         for path, lora in sorted(adapter.modules.items(), key=lambda item: natural_order(item[0]))
     }
-
-
-def _norms(adapter: Adapter) -> dict[str, float]:
-    broken = set(nonfinite_modules(adapter))
-    sound = {path: lora for path, lora in adapter.modules.items() if path not in broken}
-    return {**dict.fromkeys(broken, float("nan")), **norms(Adapter(sound))}
 
 
 def _print(description: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         results = []
         with progress("merging", sum(len(step.paths) for step in steps)) as advance:
             for step in steps:
-                results.append(jax.block_until_ready(step.run()))
+                results.append(step.run())
                 advance(len(step.paths))
         merged = _with_seed(plan.finish(results), options.seed)
         io.save(merged, Path(options.output), options.format, force=options.force)

@@ -16,6 +16,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def check_target(path: Path, force: bool, marker: str) -> None:
     """Refuses a target that may not be written.
 

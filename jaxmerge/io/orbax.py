@@ -56,7 +56,7 @@ def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
     try:
         tree = _restore(folder, place.item, shapes)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be restored: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
     return _adapter(path, folder, place, tree, {"sha256": _digest(tree)}, options)
 
 
@@ -232,7 +232,7 @@ def _items(folder: Path, path: Path) -> dict[str | None, Any]:
             return {None: ocp.metadata(str(folder)).metadata}
         found = ocp.checkpointables_metadata(str(folder)).metadata
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is not a sound Orbax checkpoint: {_one_line(error)}") from None
+        raise ValueError(f"{path}: is not a sound Orbax checkpoint: {atomic.one_line(error)}") from None
     return {name: tree for name, tree in found.items() if _of_arrays(tree)}
 
 
@@ -269,7 +269,3 @@ def _digest(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(key)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -66,7 +66,7 @@ def find_folder(path: Path) -> Path:
         if not path.exists():
             raise ValueError(f"{path}: there is no such folder")
     except (OSError, RuntimeError) as error:  # A name too long, a link to itself.
-        raise ValueError(f"{path}: cannot be opened: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be opened: {atomic.one_line(error)}") from None
     if path.is_file():
         if path.name in (CONFIG, WEIGHTS, PICKLED):
             return path.parent
@@ -108,7 +108,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read: {atomic.one_line(error)}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: is not a JSON object")
     return config
@@ -120,7 +120,7 @@ def _read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: is not a sound safetensors file: {_one_line(error)}") from None
+        raise ValueError(f"{path}: is not a sound safetensors file: {atomic.one_line(error)}") from None
 
 
 def _read_pickled(path: Path) -> dict[str, np.ndarray]:
@@ -196,7 +196,7 @@ def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
         return safetensors.numpy.load_file(headers.weights), digest.hexdigest()
     except (OSError, safetensors.SafetensorError, AttributeError, KeyError, TypeError) as error:
         # The last three are what a dtype provokes that NumPy does not have.
-        raise ValueError(f"{headers.weights}: cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{headers.weights}: cannot be read: {atomic.one_line(error)}") from None
 
 
 def build_adapter(
@@ -330,7 +330,3 @@ def _dtype(name: str) -> np.dtype:
 
 def _safetensors_name(dtype: np.dtype) -> str:
     return {value: key for key, value in FLOATS.items()}.get(str(dtype), str(dtype))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
