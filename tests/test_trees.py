@@ -176,6 +176,85 @@ def test_scanned_layers(axis):
         jm.from_state(trees[0], alpha=3.0)
 
 
+class PiEinsum(linen.Module):
+    """OpenPI's einsum: factors of the weight's last two axes, applied one after the other in the einsum's own form."""
+
+    formula: str
+    shape: tuple[int, ...]
+    rank: int
+    alpha: float
+
+    @linen.compact
+    def __call__(self, x):
+        self.param("w", linen.initializers.zeros, self.shape)
+        a = self.param("lora_a", linen.initializers.normal(1), (*self.shape[:-1], self.rank))
+        b = self.param("lora_b", linen.initializers.normal(1), (*self.shape[:-2], self.rank, self.shape[-1]))
+        left, _, out = self.formula.replace("->", ",").split(",")
+        first, last = self.formula.replace("->", ",").split(",")[1][-2:]
+        weight = self.formula.replace("->", ",").split(",")[1]
+        inner = out.replace(last, "L")
+        x = jnp.einsum(f"{left},{weight.replace(last, 'L')}->{inner}", x, a)
+        return self.alpha / self.rank * jnp.einsum(f"{inner},{weight.replace(first, 'L')}->{out}", x, b)
+
+
+class PiLayer(linen.Module):
+    """The adapted weights of a layer of OpenPI's Gemma, each on inputs of its own."""
+
+    rank: int
+    alpha: float
+
+    @linen.compact
+    def __call__(self, carry, inputs):
+        x, heads, hidden = inputs
+
+        def einsum(name, formula, shape, x):
+            return PiEinsum(formula, shape, self.rank, self.alpha, name=name)(x)
+
+        out = [
+            einsum("attn_q_einsum", "BTD,NDH->BTNH", (2, 8, 4), x),
+            einsum("attn_kv_einsum_1", "BSD,2KDH->2BSKH", (2, 1, 8, 4), x),
+            einsum("attn_vec_einsum", "BTNH,NHD->BTD", (2, 4, 8), heads),
+        ]
+        normal = linen.initializers.normal(1)
+        gate = [
+            self.param("gating_einsum_lora_a", normal, (2, 8, self.rank)),
+            self.param("gating_einsum_lora_b", normal, (2, self.rank, 6)),
+        ]
+        linear = (
+            self.param("linear_lora_a", normal, (6, self.rank)),
+            self.param("linear_lora_b", normal, (self.rank, 8)),
+        )
+        out += [x @ gate[0][i] @ gate[1][i] for i in range(2)]
+        return carry, [*out, hidden @ linear[0] @ linear[1]]
+
+
+def test_openpi_models_compute_what_the_merge_says():
+    def model(rank, alpha):
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+        return linen.scan(PiLayer, **options)(rank, alpha)
+
+    shapes = (3, 1, 5, 8), (3, 1, 5, 2, 4), (3, 1, 5, 6)
+    inputs = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    narrow = model(2, 6.0)
+    trees = [
+        {"PaliGemma": {"llm": {"layers": {"mlp": narrow.init(jax.random.key(seed), 0.0, inputs)["params"]}}}}
+        for seed in range(2)
+    ]
+
+    def outputs(model, tree):
+        return model.apply({"params": tree["PaliGemma"]["llm"]["layers"]["mlp"]}, 0.0, inputs)[1]
+
+    adapters = [jm.from_state(tree, alpha=6.0) for tree in trees]
+    prefix = "PaliGemma.llm.layers.mlp"
+    assert adapters[0].modules[f"{prefix}.attn_q_einsum"].batch == (3, 2)
+    assert adapters[0].modules[f"{prefix}.attn_vec_einsum"].features == (8, 8)
+    assert adapters[0].modules[f"{prefix}.linear"].scale == 1
+    merged = jm.to_state(jm.merge(adapters, WEIGHTS))
+    expected = jax.tree.map(lambda one, two: WEIGHTS[0] * one + WEIGHTS[1] * two, *[outputs(narrow, t) for t in trees])
+    for got, wanted in zip(outputs(model(4, 4.0), merged), expected, strict=True):
+        assert relative_error(got, wanted) < 1e-4
+
+
 def test_gemma_names_and_plain_patterns():
     rng = np.random.default_rng(0)
 

@@ -166,15 +166,17 @@ def from_state(
 ) -> Adapter:
     """An adapter from a Flax LoRA tree in memory: ``nnx.state(model, nnx.LoRAParam)``, a pure dict, Linen params.
 
-    The trees of flax.nnx (``nnx.LoRA``, ``nnx.LoRALinear``), of qwix (so of Tunix and MaxText) and of the gemma
-    library are recognised by their names. Nothing is copied to the host, and it works inside `jax.jit`.
+    The trees of flax.nnx (``nnx.LoRA``, ``nnx.LoRALinear``), of qwix (so of Tunix and MaxText), of the gemma
+    library, of OpenPI and of Keras are recognised by their names. Nothing is copied to the host, and it works inside
+    `jax.jit`.
 
     Args:
         state: The tree. Leaves that are not factors become extras.
-        alpha: For qwix, whose trees do not hold it and whose scale is alpha / rank.
+        alpha: For qwix, OpenPI's attention and Keras, whose trees do not hold it and whose scale is alpha / rank.
         scan_axis: Where the layers of a scan lie in the factors; ``"none"`` for none. Wanted where shapes leave it
             open, which they do for scanned layers.
-        layout: ``"nnx"``, ``"qwix"`` or ``"gemma"``, where a tree could be of several.
+        layout: ``"nnx"``, ``"qwix"``, ``"gemma"``, ``"openpi"``, ``"maxtext-legacy"`` or ``"keras"``, where a tree
+            could be of several.
         pattern: For any other tree: regular expressions that match the paths of all A and of all B, keys joined by
             ``/``, each with a group ``module`` (and ``parameter``, where a module has several). Such a tree has
             the scale alpha / rank.

@@ -1,12 +1,11 @@
 """Flax LoRA trees in memory: ``nnx.State``, pure dicts, Linen params.
 
-All of them compute ``x @ A @ B`` with A ``[*in, r]`` and B ``[r, *out]``, so that ``a = A.reshape(-1, r).T`` and
-``b = B.reshape(r, -1).T``: heads, convolution windows, and the experts of an einsum whose B they share, are all axes
-of A before r or of B after it. Scanned layers have one more axis, at the same place in both.
-
-`TREE_FORMATS` says what the leaves are called and what the scale is: a new format is a row.
+`TREE_FORMATS` says what the leaves are called, which of their axes are what, and what the scale is: a new format is a
+row. In memory a module's factors are ``a [*batch, r, in]`` and ``b [*batch, out, r]``, whatever the leaves look like;
+`TreeLayout` is what it takes to make the leaves again.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -17,9 +16,60 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata
+from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, promote
+
+# A is [*in, r] and B [r, *out]: heads, windows of a convolution, experts that share a B are axes of one side.
+_FLAT = ("*in rank", "rank *out")
+_EACH = ("*batch in rank", "*batch rank out")
 
 ScanAxis = int | Literal["none"] | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the factors of some modules are called, and what their axes are.
+
+    The axes are names of what they do. ``in`` and ``out`` are the sides of the weight; ``rank`` is r; the layers or
+    heads of ``batch`` have factors of their own; a B is summed along ``sum`` before it is used. A starred name stands
+    for any number of axes.
+
+    Attributes:
+        leaf: The path of a factor, its keys joined by ``/``. ``{factor}`` is a or b; ``{module}`` and, where a module
+            may have several adapted parameters, ``{parameter}`` stand for any path and any name, or for what the
+            regular expression after a colon matches.
+        axes: Of A and of B. Of several such pairs the first that fits the shapes.
+        scale: ``"one"`` where the forward pass has no scale, ``"alpha"`` where it is alpha / r and alpha is not in
+            the tree.
+    """
+
+    leaf: str
+    axes: tuple[tuple[str, str], ...] = (_FLAT,)
+    scale: Literal["one", "alpha"] = "alpha"
+
+    def pattern(self, factor: Literal["a", "b"]) -> str:
+        """The regular expression that the paths of all A, or of all B, match."""
+        parts = re.split(r"\{(\w+)(?::([^}]*))?\}", self.leaf)
+        made = re.escape(parts[0])
+        for name, given, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+            default = {"module": ".+", "parameter": r"\w+", "factor": factor}[name]
+            made += (default if name == "factor" else f"(?P<{name}>{given or default})") + re.escape(after)
+        return made
+
+    def path(self, module: str, parameter: str, factor: Literal["a", "b"]) -> str:
+        """The path of a factor of a module, whose own path is joined by dots."""
+        values = {"module": module.replace(".", "/"), "parameter": parameter, "factor": factor}
+        return re.sub(r"\{(\w+)(:[^}]*)?\}", lambda match: values[match[1]], self.leaf)
+
+
+@dataclass(frozen=True)
+class PatternRule(Rule):
+    """A rule whose names are regular expressions of the user's, with the groups module and, perhaps, parameter."""
+
+    patterns: tuple[str, str] = ("", "")
+
+    def pattern(self, factor: Literal["a", "b"]) -> str:
+        """The user's own."""
+        return self.patterns[factor == "b"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +77,54 @@ class TreeFormat:
     """A row of `TREE_FORMATS`.
 
     Attributes:
-        a: Matches the path of an A, its keys joined by ``/``, without wrappers; the groups ``module`` and, where a
-            module has several adapted parameters, ``parameter``.
-        b: The same for B.
-        scale: ``"one"`` where the forward pass has no scale, ``"alpha"`` where it is alpha / r and alpha is not in
-            the tree.
+        rules: Of the rules that match a leaf, the first holds.
+        one_rank: Whether all modules must be of one rank; smaller ones are filled up with zeros.
     """
 
-    a: str
-    b: str
-    scale: Literal["one", "alpha"]
+    rules: tuple[Rule, ...]
+    one_rank: bool = False
 
 
 TREE_FORMATS: Mapping[str, TreeFormat] = {
-    # nnx.LoRA has its factors in the module itself, nnx.LoRALinear in its attribute `lora`.
-    "nnx": TreeFormat(r"(?P<module>.+?)(/lora)?/lora_a", r"(?P<module>.+?)(/lora)?/lora_b", "one"),
+    # nnx.LoRALinear has its factors in its attribute `lora`, nnx.LoRA in the module itself.
+    "nnx": TreeFormat(
+        (Rule("{module}/lora/lora_{factor}", scale="one"), Rule("{module}/lora_{factor}", scale="one")),
+    ),
     # Also Tunix and MaxText, whose adapters qwix makes.
-    "qwix": TreeFormat(
-        r"(?P<module>.+)/(?P<parameter>\w+)_lora_a", r"(?P<module>.+)/(?P<parameter>\w+)_lora_b", "alpha"
-    ),
+    "qwix": TreeFormat((Rule("{module}/{parameter}_lora_{factor}"),)),
     "gemma": TreeFormat(
-        r"(?P<module>.+)/_LoRAEinsum_(?P<parameter>\w+)/lora/a",
-        r"(?P<module>.+)/_LoRAEinsum_(?P<parameter>\w+)/lora/b",
-        "one",
+        (
+            Rule("{module}/_LoRAEinsum_{parameter}/lora/{factor}", scale="one"),
+            Rule("{module}/lora/{factor}", scale="one"),
+        ),
+        one_rank=True,
     ),
-}
+    # Its einsums give every head factors of its own, but the output's sums over the heads between A and B. Its MLP
+    # leaves the scale out.
+    "openpi": TreeFormat(
+        (
+            Rule(
+                r"{module:.*attn_vec_einsum(?:_\d+)?}/lora_{factor}", (("*batch in in rank", "*batch sum rank out"),)
+            ),
+            Rule(r"{module:.*_einsum(?:_\d+)?}/lora_{factor}", (_EACH,)),
+            Rule("{module}/{parameter:gating_einsum|linear}_lora_{factor}", (_EACH,), "one"),
+        ),
+    ),
+    # MaxText before it took qwix; its layers are scanned at axis 1, also where heads come before them.
+    "maxtext-legacy": TreeFormat(
+        (
+            Rule("{module:.*out}/lora_{factor}.kernel", (("in batch in rank", "rank batch out"), _FLAT)),
+            Rule("{module}/lora_{factor}.kernel", (("in batch rank", "rank batch *out"), _FLAT)),
+        ),
+        one_rank=True,
+    ),
+    "keras": TreeFormat(
+        (Rule("{module}/lora_kernel_{factor}"), Rule("{module}/lora_embeddings_{factor}")),
+    ),
+}  # fmt: skip
 
 # Keys around the tree that say nothing of the module.
-_WRAPPERS = ("params",)
+_WRAPPERS = ("params", "trainable_variables")
 _LEAF_WRAPPERS = ("value",)
 
 
@@ -76,14 +146,20 @@ class TreeLayout:
     """How a module's factors lie in a tree.
 
     Attributes:
-        inputs: The axes of A before r, without the scanned one.
-        outputs: The axes of B after r, without the scanned one.
-        scan_axis: Where the layers of a scan lie, in A as in B; None for a module that is not scanned.
+        a: What each axis of A is, as in `Rule`, without stars.
+        b: The same for B.
+        batch: The sizes of the axes that are ``batch``.
+        inputs: Of those of A that are ``in``.
+        outputs: Of those of B that are ``out``.
+        summed: Of that of B that is ``sum``, if there is one.
     """
 
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    batch: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    scan_axis: int | None = None
+    summed: int = 1
 
 
 class MissingAlphaError(ValueError):
@@ -100,35 +176,40 @@ def from_state(
 ) -> Adapter:
     """See `jaxmerge.from_state`."""
     with_paths, structure = jax.tree_util.tree_flatten_with_path(state)
-    names = [_path(path) for path, _ in with_paths]
+    names = [path_of(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
     name, row = _format(names, layout, pattern)
-    roles = _roles(names, row)
+    rules, roles = _roles(names, row)
     factors: dict[str, dict[str, AnyArray]] = {}
     extras = {}
     for (role, path), leaf in zip(roles, leaves, strict=True):
         if role == "extra":
             extras[path] = leaf
+        elif role in factors.setdefault(path, {}):
+            raise ValueError(f"module {path} has two factors {role.upper()}: give pattern=(regex of A, regex of B)")
         else:
-            factors.setdefault(path, {})[role] = leaf
+            factors[path][role] = leaf
     problems = [
         f"module {path} lacks its factor {'AB'['a' in pair]}" for path, pair in factors.items() if len(pair) < 2
     ]
     layouts: dict[str, TreeLayout] = {}
     for path, pair in factors.items():
         if len(pair) == 2:
-            found = _layout(path, pair["a"].shape, pair["b"].shape, scan_axis)
+            found = _layout(path, pair["a"].shape, pair["b"].shape, rules[path], scan_axis)
             if isinstance(found, str):
                 problems.append(found)
             else:
                 layouts[path] = found
     if problems:
         raise ValueError("\n".join(problems))
-    if row.scale == "alpha" and alpha is None:
+    scaled = any(rule.scale == "alpha" for rule in rules.values())
+    if scaled and alpha is None:
         raise MissingAlphaError(f"format {name} does not store alpha, and its scale is alpha / rank: give alpha")
-    modules = {path: _lora(pair["a"], pair["b"], layouts[path]) for path, pair in factors.items()}
-    if row.scale == "alpha" and alpha is not None:
-        modules = {path: LoRA(lora.a, lora.b, alpha / lora.rank) for path, lora in modules.items()}
+    modules = {}
+    for path, pair in factors.items():
+        lora = _lora(pair["a"], pair["b"], layouts[path])
+        scale = 1.0 if alpha is None or rules[path].scale == "one" else alpha / lora.rank
+        modules[path] = LoRA(lora.a, lora.b, scale)
     metadata = Metadata(
         format=name, layouts=tuple(layouts.items()), tree=Tree(structure, tuple(roles)), provenance="{}"
     )
@@ -143,14 +224,32 @@ def to_state(adapter: Adapter) -> Any:
     held = {path for role, path in tree.leaves if role != "extra"}
     if missing := [path for path in adapter.modules if path not in held]:
         raise ValueError(f"no adapter's tree has a place for {', '.join(missing)}")
+    row = TREE_FORMATS.get(adapter.metadata.format)
+    modules = padded(adapter).modules if row is not None and row.one_rank else adapter.modules
     leaves = []
     for role, path in tree.leaves:
         if role == "extra":
             leaves.append(adapter.extras[path])
             continue
-        lora, layout = adapter.modules[path], layouts[path]
+        lora, layout = modules[path], layouts[path]
         leaves.append(_leaf_a(lora, layout) if role == "a" else _leaf_b(lora, layout))
     return jax.tree.unflatten(tree.structure, leaves)
+
+
+def padded(adapter: Adapter) -> Adapter:
+    """The adapter with all modules of its largest rank: smaller ones are filled up with zeros."""
+    rank = max((lora.rank for lora in adapter.modules.values()), default=0)
+
+    def pad(x: AnyArray, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, rank - x.shape[axis])
+        return jnp.pad(jnp.asarray(x), widths)
+
+    modules = {
+        path: lora if lora.rank == rank else dataclasses.replace(lora, a=pad(lora.a, -2), b=pad(lora.b, -1))
+        for path, lora in adapter.modules.items()
+    }
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def widest(adapters: Sequence[Adapter]) -> Tree | None:
@@ -160,7 +259,8 @@ def widest(adapters: Sequence[Adapter]) -> Tree | None:
     return next((tree for tree in trees if wanted <= {path for _, path in tree.leaves}), trees[0] if trees else None)
 
 
-def _path(path: Sequence[Any]) -> str:
+def path_of(path: Sequence[Any]) -> str:
+    """A leaf's keys joined by ``/``, without wrappers."""
     keys = jax.tree_util.keystr(tuple(path), simple=True, separator="/").split("/")
     while keys and keys[0] in _WRAPPERS:
         keys = keys[1:]
@@ -170,74 +270,121 @@ def _path(path: Sequence[Any]) -> str:
 
 
 def _format(names: Sequence[str], layout: str | None, pattern: tuple[str, str] | None) -> tuple[str, TreeFormat]:
-    """The row whose names occur in the tree; it must be one."""
+    """The row that knows all leaves that any row takes for factors; it must be one."""
     if pattern is not None:
-        return "plain", TreeFormat(*pattern, scale="alpha")
+        return "plain", TreeFormat((PatternRule("", patterns=pattern),))
     if layout is not None:
         if layout not in TREE_FORMATS:
             raise ValueError(f"unknown layout {layout!r}: there are {', '.join(TREE_FORMATS)}, or give a pattern")
         return layout, TREE_FORMATS[layout]
-    found = {name: row for name, row in TREE_FORMATS.items() if any(re.fullmatch(row.a, leaf) for leaf in names)}
-    if len(found) != 1:
-        what = f"of several formats ({', '.join(found)})" if found else "that jaxmerge knows"
+    known = {name: {leaf for leaf in names if _match(leaf, row)} for name, row in TREE_FORMATS.items()}
+    factors = set().union(*known.values())
+    if not factors:
         raise ValueError(
-            f"the tree has LoRA factors {what}: name one with layout=, or give pattern=(regex of A, regex of B)"
-            if found
-            else f"the tree has no LoRA factors {what} ({', '.join(TREE_FORMATS)}): give pattern=(regex of A, of B)"
+            f"the tree has no LoRA factors that jaxmerge knows ({', '.join(TREE_FORMATS)}): "
+            "give pattern=(regex of A, regex of B)"
         )
-    return next(iter(found.items()))
+    found = [name for name, leaves in known.items() if leaves == factors]
+    if len(found) != 1:
+        found = found or [name for name, leaves in known.items() if leaves]
+        raise ValueError(
+            f"the tree has LoRA factors of several formats ({', '.join(found)}): name one with layout=, "
+            "or give pattern=(regex of A, regex of B)"
+        )
+    return found[0], TREE_FORMATS[found[0]]
 
 
-def _roles(names: Sequence[str], row: TreeFormat) -> list[tuple[str, str]]:
-    """Each leaf's role, and its module's dotted path or its own name."""
-    matches = [
-        ("a", match) if (match := re.fullmatch(row.a, name)) else ("b", re.fullmatch(row.b, name)) for name in names
-    ]
-    parameters = Counter(match["module"] for role, match in matches if role == "a" and match)
-    roles = []
-    for name, (role, match) in zip(names, matches, strict=True):
-        if match is None:
+def _match(leaf: str, row: TreeFormat) -> tuple[str, re.Match[str], Rule] | None:
+    """A factor's role, its module and parameter, and the rule that knows it; None for a leaf that is no factor."""
+    for rule in row.rules:
+        for role in ("a", "b"):
+            if match := re.fullmatch(rule.pattern(role), leaf):
+                return role, match, rule
+    return None
+
+
+def _roles(names: Sequence[str], row: TreeFormat) -> tuple[dict[str, Rule], list[tuple[str, str]]]:
+    """Each module's rule; each leaf's role, and its module's dotted path or its own name."""
+    matches = [_match(name, row) for name in names]
+    parameters = Counter(match["module"] for found in matches if found for role, match, _ in [found] if role == "a")
+    rules, roles = {}, []
+    for name, found in zip(names, matches, strict=True):
+        if found is None:
             roles.append(("extra", name.replace("/", ".")))
             continue
+        role, match, rule = found
         path = match["module"]
         # A module with one adapted parameter goes by its own name, as in the other formats.
-        if parameters[path] > 1:
+        if parameters[path] > 1 and "parameter" in match.groupdict():
             path += f"/{match['parameter']}"
-        roles.append((role, path.replace("/", ".")))
-    return roles
+        path = path.replace("/", ".")
+        rules[path] = rule
+        roles.append((role, path))
+    return rules, roles
 
 
-def _layout(path: str, a: tuple[int, ...], b: tuple[int, ...], scan_axis: ScanAxis) -> TreeLayout | str:
+def _layout(path: str, a: tuple[int, ...], b: tuple[int, ...], rule: Rule, scan_axis: ScanAxis) -> TreeLayout | str:
     """Which axes are what; a problem where their sizes leave it open and nobody says."""
     wrong = f"module {path} has factors of shapes {a} and {b}, which do not make a product"
-    if len(a) < 2 or len(b) < 2:
+    if any("batch" in axes[0] for axes in rule.axes):  # The format itself says where layers and heads lie.
+        return next((found for axes in rule.axes if (found := _fitted(a, b, axes))), wrong)
+    (plain,) = rule.axes
+    if min(len(a), len(b)) < 2:
         return wrong
-    plain = a[-1] == b[0]
-    scanned = [axis for axis in range(min(len(a), len(b)) - 1) if _fits_scan(a, b, axis)]
+
+    fitting = {axis: layout for axis in range(min(len(a), len(b)) - 1) if (layout := _fitted(a, b, plain, axis))}
     if isinstance(scan_axis, int) and min(len(a), len(b)) > 2:
-        if scan_axis not in scanned:
-            return f"module {path} is not scanned at axis {scan_axis}: its factors have shapes {a} and {b}"
-        return _scanned(a, b, scan_axis)
-    if plain and (not scanned or scan_axis == "none"):
-        return TreeLayout(a[:-1], b[1:])
-    if scanned and scan_axis is None:
-        axes = ", ".join(map(str, scanned))
+        fixed = fitting.get(scan_axis)
+        return fixed or f"module {path} is not scanned at axis {scan_axis}: its factors have shapes {a} and {b}"
+    unscanned = _fitted(a, b, plain)
+    if unscanned is not None and (not fitting or scan_axis == "none"):
+        return unscanned
+    if fitting and scan_axis is None:
+        axes = ", ".join(map(str, fitting))
         return (
             f"module {path} with factors of shapes {a} and {b} may be layers of a scan at axis {axes}"
-            f"{', or not scanned' if plain else ''}: give scan_axis={scanned[0]}{' or scan_axis=none' if plain else ''}"
+            f"{'' if unscanned is None else ', or not scanned'}: give scan_axis={min(fitting)}"
+            f"{'' if unscanned is None else ' or scan_axis=none'}"
         )
     return wrong
 
 
-def _fits_scan(a: tuple[int, ...], b: tuple[int, ...], axis: int) -> bool:
-    if len(a) < 3 or len(b) < 3 or a[axis] != b[axis]:
-        return False
-    rest = b[:axis] + b[axis + 1 :]
-    return a[-1] == rest[0]
+def _fitted(
+    a: tuple[int, ...], b: tuple[int, ...], axes: tuple[str, str], scan_axis: int | None = None
+) -> TreeLayout | None:
+    """The layout of factors whose axes have these names, and one more for a scan's layers; None if it cannot be."""
+    scanned = scan_axis is not None
+    spelt = [_spelt(names, len(shape) - scanned) for names, shape in zip(axes, (a, b), strict=True)]
+    if not all(spelt):
+        return None
+    if scanned:
+        spelt = [(*names[:scan_axis], "batch", *names[scan_axis:]) for names in spelt if names]
+    a_axes, b_axes = (names for names in spelt if names)
+
+    def sizes(shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> tuple[int, ...]:
+        return tuple(size for size, axis in zip(shape, axes, strict=True) if axis == name)
+
+    if any(sizes(a, a_axes, name) != sizes(b, b_axes, name) for name in ("batch", "rank")):
+        return None
+    return TreeLayout(
+        a_axes,
+        b_axes,
+        batch=sizes(a, a_axes, "batch"),
+        inputs=sizes(a, a_axes, "in"),
+        outputs=sizes(b, b_axes, "out"),
+        summed=math.prod(sizes(b, b_axes, "sum")),
+    )
 
 
-def _scanned(a: tuple[int, ...], b: tuple[int, ...], axis: int) -> TreeLayout:
-    return TreeLayout((a[:axis] + a[axis + 1 :])[:-1], (b[:axis] + b[axis + 1 :])[1:], axis)
+def _spelt(axes: str, ndim: int) -> tuple[str, ...] | None:
+    """The names of that many axes, the starred one repeated as often as it takes; None if they do not fit."""
+    names = axes.split()
+    starred = [name for name in names if name.startswith("*")]
+    times = ndim - (len(names) - len(starred))
+    # A side of the weight has at least one axis; there need not be a batch.
+    if times < len(starred) - starred.count("*batch") or (times and not starred):
+        return None
+    return tuple(name.removeprefix("*") for given in names for name in [given] * (times if given in starred else 1))
 
 
 def _lora(a: Any, b: Any, layout: TreeLayout) -> LoRA:
@@ -247,32 +394,44 @@ def _lora(a: Any, b: Any, layout: TreeLayout) -> LoRA:
     return LoRA(*_factors(a, b, layout))
 
 
+_A_ORDER = ("batch", "in", "rank")
+_B_ORDER = ("batch", "sum", "rank", "out")
+
+
 def _factors(a: Any, b: Any, layout: TreeLayout) -> tuple[Any, Any]:
     # By the arrays' own methods: NumPy's stay on the host, and traced ones are traced.
-    batch: tuple[int, ...] = ()
-    if layout.scan_axis is not None:
-        a, b = (_moved(x, layout.scan_axis, 0) for x in (a, b))
-        batch = a.shape[:1]
+    a = a.transpose(_ordered(layout.a, _A_ORDER))
+    b = b.transpose(_ordered(layout.b, _B_ORDER))
     rank = a.shape[-1]
-    a = a.reshape(*batch, math.prod(layout.inputs), rank)
-    b = b.reshape(*batch, rank, math.prod(layout.outputs))
+    a = a.reshape(*layout.batch, math.prod(layout.inputs), rank)
+    b = b.reshape(*layout.batch, layout.summed, rank, math.prod(layout.outputs))
+    b = b[..., 0, :, :] if layout.summed == 1 else b.sum(axis=-3, dtype=promote(b.dtype, jnp.float32)).astype(b.dtype)
     return a.swapaxes(-1, -2), b.swapaxes(-1, -2)
 
 
-def _moved(x: Any, source: int, target: int) -> Any:
-    axes = [axis for axis in range(x.ndim) if axis != source]
-    axes.insert(target, source)
-    return x.transpose(axes)
+def _ordered(axes: Sequence[str], order: Sequence[str]) -> list[int]:
+    """The permutation that sorts axes by their names."""
+    return sorted(range(len(axes)), key=lambda axis: order.index(axes[axis]))
+
+
+def _unordered(x: jax.Array, axes: Sequence[str], order: Sequence[str]) -> jax.Array:
+    """The inverse of a transposition by `_ordered`."""
+    permutation = _ordered(axes, order)
+    return x.transpose([permutation.index(axis) for axis in range(x.ndim)])
 
 
 def _leaf_a(lora: LoRA, layout: TreeLayout) -> jax.Array:
     a = jnp.asarray(lora.a).swapaxes(-1, -2).reshape(*lora.batch, *layout.inputs, lora.rank)
-    return a if layout.scan_axis is None else _moved(a, 0, layout.scan_axis)
+    return _unordered(a, layout.a, _A_ORDER)
 
 
 def _leaf_b(lora: LoRA, layout: TreeLayout) -> jax.Array:
     """B with the scale folded in: the formats keep none, and alpha equal to the rank restores it."""
     b = jnp.asarray(lora.b)
     scaled = (b.astype(jnp.float32) * jnp.asarray(lora.scale, jnp.float32)).astype(b.dtype)
-    b = scaled.swapaxes(-1, -2).reshape(*lora.batch, lora.rank, *layout.outputs)
-    return b if layout.scan_axis is None else _moved(b, 0, layout.scan_axis)
+    b = scaled.swapaxes(-1, -2)
+    if "sum" in layout.b:  # The first of the terms is the sum: exact in any dtype.
+        rest = jnp.zeros((*lora.batch, layout.summed - 1, *b.shape[-2:]), b.dtype)
+        b = jnp.concatenate([b[..., None, :, :], rest], axis=-3)
+    sums = (layout.summed,) if "sum" in layout.b else ()
+    return _unordered(b.reshape(*lora.batch, *sums, lora.rank, *layout.outputs), layout.b, _B_ORDER)
