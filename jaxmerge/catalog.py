@@ -177,3 +177,6 @@ COMBINATION_TYPES: Mapping[str, CombinationType] = {
     "magnitude_prune": CombinationType("magnitude_prune", "factors", "equal"),
     "magnitude_prune_svd": CombinationType("magnitude_prune", "full", "max"),
 }
+
+# What adapters can be written as, whatever they came as.
+FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi")

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
+from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SPACES
+from jaxmerge.io.layouts import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands.add_parser("merge", help="merge adapters into one", description=_MERGE))
     inspect = commands.add_parser("inspect", help="say what is in adapters", description=_INSPECT)
     inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
+    _add_convert(commands.add_parser("convert", help="write an adapter in another format", description=_CONVERT))
     methods = commands.add_parser("methods", help="list methods, spaces and PEFT's combination types")
     _add_reading(inspect)
     for command in (inspect, methods):
@@ -74,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
 _MERGE = (
     "Merge LoRA adapters of one base model into one adapter. Without options the result is the exact mean of "
     "their weight changes."
+)
+_CONVERT = (
+    "Write an adapter in another format, exactly: PEFT to and from Tunix, MaxText and others. Example: "
+    "jaxmerge convert my-adapter for-tunix --format tunix --layout llama3 --head-dim 128"
 )
 _INSPECT = "Say what is in adapters: modules, ranks, scales, dtypes, norms; what cannot be merged, and why."
 
@@ -105,7 +111,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         )
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
-    what.add_argument("--format", choices=["peft"], help="of the result (that of the first adapter)")
+    _add_format(what, required=False)
     what.add_argument(
         "--extras",
         default="same",
@@ -119,15 +125,52 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="adapter folder")
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+    what = parser.add_argument_group("what is written")
+    _add_format(what, required=True)
+    what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
+    _add_reading(parser)
+    _add_json(parser)
+
+
+def _add_format(group: argparse._ArgumentGroup, required: bool) -> None:
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        metavar="F",
+        required=required,
+        help=f"of the result: {', '.join(FORMATS)}" + ("" if required else " (that of the first adapter)"),
+    )
+    group.add_argument(
+        "--layout",
+        metavar="MODEL|TABLE.json",
+        help=f"what modules are called in the other format: {', '.join(LAYOUTS)}, or a table of your own",
+    )
+    group.add_argument("--head-dim", type=int, metavar="N", help="size of one attention head, to cut heads apart")
+    group.add_argument(
+        "--layers", type=int, metavar="N", help="of the model, for formats that stack them (as many as there are)"
+    )
+
+
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     reading = parser.add_argument_group("how Orbax checkpoints are read")
     reading.add_argument(
-        "--alpha", nargs="+", type=float, metavar="A", help="of LoRA that qwix made, one for all or one per adapter"
+        "--alpha",
+        nargs="+",
+        type=_alpha,
+        metavar="A",
+        help="of formats that do not store it, one for all or one per adapter; rank where it is each module's rank",
     )
     reading.add_argument(
         "--scan-axis", type=_scan_axis, metavar="N|none", help="where the layers of a scan lie in the factors"
     )
     reading.add_argument("--item", help="which item of a step that has several")
+
+
+def _alpha(text: str) -> float | str:
+    return text if text == "rank" else float(text)
 
 
 def _scan_axis(text: str) -> int | str:

@@ -73,6 +73,11 @@ def reading(options: argparse.Namespace, index: int) -> dict[str, Any]:
     return {"alpha": alpha, "scan_axis": options.scan_axis, "item": options.item}
 
 
+def conversion(options: argparse.Namespace) -> dict[str, Any]:
+    """What the output's format is, as arguments of `jaxmerge.save`."""
+    return {name: getattr(options, name) for name in ("format", "layout", "head_dim", "layers")}
+
+
 def pattern(path: str) -> str:
     """A module path with its numbers starred, so that layers of one kind share it."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)

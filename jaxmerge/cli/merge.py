@@ -13,9 +13,10 @@ import jax
 from rich.markup import escape
 
 from jaxmerge import io
-from jaxmerge.base import Adapter, Metadata, energy_kept
+from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.catalog import METHODS
 from jaxmerge.cli.console import (
+    conversion,
     out,
     pattern,
     percent,
@@ -27,6 +28,7 @@ from jaxmerge.cli.console import (
     table,
 )
 from jaxmerge.io import peft
+from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
                 results.append(step.run())
                 advance(len(step.paths))
         merged = _with_seed(plan.finish(results), options.seed)
-        io.save(merged, Path(options.output), options.format, force=options.force)
+        written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
     except ValueError as error:
         return report_problems(str(error).splitlines(), options.json)
     except OSError as error:
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return report_problems(["out of memory; nothing was written"], options.json)
-    summary = summarise(options, adapters, merged)
+    summary = summarise(options, adapters, merged, written)
     if options.json:
         print_json(summary)
     else:
@@ -129,9 +131,9 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
     if options.density is not None and not 0 < options.density <= 1:
         problems.append(f"--density {options.density:g} is not in (0, 1]")
     try:
-        io.check_target(peeked[0].metadata if peeked else Metadata(), output, options.format, options.force)
+        io.check_target(peeked or [Adapter({})], output, Conversion(**conversion(options)), options.force)
     except ValueError as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
     complete = len(peeked) == len(paths)
     if not complete and options.weights is not None and len(options.weights) != len(paths):
         problems.append(f"{len(options.weights)} weights for {len(paths)} adapters: give one weight per adapter")
@@ -169,7 +171,9 @@ def twins(adapters: list[Adapter]) -> list[str]:
     return problems
 
 
-def summarise(options: argparse.Namespace, adapters: list[Adapter], merged: Adapter) -> dict[str, Any]:
+def summarise(
+    options: argparse.Namespace, adapters: list[Adapter], merged: Adapter, written: Adapter
+) -> dict[str, Any]:
     """What was done and what it cost, as JSON holds it."""
     record = json.loads(merged.metadata.provenance)
     kept = float(energy_kept(merged))
@@ -197,10 +201,24 @@ def summarise(options: argparse.Namespace, adapters: list[Adapter], merged: Adap
             name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
         },
     }
-    return summary | {"remarks": _remarks(options, adapters, merged, kept)}
+    return summary | {"remarks": _remarks(adapters, merged, kept) + _format_remarks(adapters, merged, written)}
 
 
-def _remarks(options: argparse.Namespace, adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]:
+def _format_remarks(adapters: list[Adapter], merged: Adapter, written: Adapter) -> list[str]:
+    """What the user should know of how the result lies in its files."""
+    remarks = []
+    if (written.metadata.format, written.metadata.place) != (merged.metadata.format, merged.metadata.place):
+        ranks = span({lora.rank for lora in written.modules.values()})
+        remarks.append(f"written as {written.metadata.format}: {len(written.modules)} modules of rank {ranks}")
+    if rank := io.rank_on_disk(written):
+        remarks.append(f"filled up with zeros to rank {rank}, the one rank that the format has")
+    left_out = [name for adapter in adapters for name in json.loads(adapter.metadata.provenance).get("left_out", [])]
+    if left_out:
+        remarks.append(f"not an adapter's, and not carried over: {', '.join(dict.fromkeys(left_out))}")
+    return remarks
+
+
+def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]:
     """What the user should know of the ranks, and of approximations."""
     record = json.loads(merged.metadata.provenance)
     remarks = []

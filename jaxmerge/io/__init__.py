@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmerge.base import Adapter, Metadata
-from jaxmerge.io import atomic, peft, trees
+import numpy as np
+
+from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
+from jaxmerge.io import atomic, convert, orbax, peft, trees
+from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_config import combine_configs, export_config
+from jaxmerge.io.peft_keys import natural_order
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +21,8 @@ if TYPE_CHECKING:
 def load(
     path: str | Path,
     *,
-    alpha: float | None = None,
-    scan_axis: "trees.ScanAxis" = None,
+    alpha: trees.Alpha = None,
+    scan_axis: trees.ScanAxis = None,
     item: str | None = None,
     layout: str | None = None,
     pattern: tuple[str, str] | None = None,
@@ -62,8 +66,6 @@ def peek(path: str | Path, **options: Any) -> Adapter:
 
 def _read(path: Path, how: str, **options: Any) -> Adapter:
     if is_orbax(path):
-        from jaxmerge.io import orbax
-
         return getattr(orbax, how)(path, **options)
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{path}: is no Orbax checkpoint, for which alone {', '.join(given)} can be given")
@@ -72,54 +74,104 @@ def _read(path: Path, how: str, **options: Any) -> Adapter:
 
 def is_orbax(path: Path) -> bool:
     """Whether a folder looks like an Orbax checkpoint, a step, or a manager's root; imports nothing to tell."""
-    if not path.is_dir() or (path / peft.CONFIG).is_file():
+    if not path.is_dir() or any((path / name).is_file() for name in (peft.WEIGHTS, peft.PICKLED)):
         return False
     marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
     return any((path / mark).exists() for mark in marks) or any(step.name.isdigit() for step in path.iterdir())
 
 
-def save(adapter: Adapter, path: str | Path, format: str | None = None, *, force: bool = False) -> None:
+def save(
+    adapter: Adapter,
+    path: str | Path,
+    format: str | None = None,
+    *,
+    layout: str | None = None,
+    head_dim: int | None = None,
+    layers: int | None = None,
+    force: bool = False,
+) -> Adapter:
     """Writes an adapter, whole or not at all.
 
     Args:
         adapter: Of concrete arrays.
         path: The folder; missing parents are made.
-        format: ``"peft"``, or None for the format and layout the adapter came in.
+        format: ``"peft"``, ``"tunix"``, ``"maxtext"``, ``"nnx"``, ``"qwix"``, ``"gemma"``, ``"openpi"``; or None for
+            the format and layout the adapter came in. Formats that hold no alpha get the scale folded into B, so that
+            alpha equal to the rank restores it.
+        layout: To write another format than the adapter came in: the model's name in `LAYOUTS`, or a JSON file with
+            a table of your own (see `jaxmerge.io.layouts.Row`).
+        head_dim: The size of one attention head, where the format keeps heads apart.
+        layers: How many layers the model has, where the format stacks them and the adapter has not all of them.
         force: Replace a folder that is an adapter itself. Files in a PEFT folder that are neither PEFT's nor
             jaxmerge's stay where they are.
+
+    Returns:
+        The adapter as it was written: converted, if another format was asked for.
 
     Raises:
         ValueError: If the format is unknown, the folder may not be written, or the adapter does not fit the
             format.
         OSError: If the disk fails or is full; nothing is left then.
     """
-    _writer(adapter.metadata, format).save(adapter, Path(path), force=force)
+    conversion = Conversion(format, layout, head_dim, layers)
+    path = Path(path)
+    check_target([adapter], path, conversion, force)
+    _check_values(adapter)
+    written = convert.convert(_with_energy(adapter), conversion)
+    (peft if written.metadata.format == "peft" else orbax).save(written, path, force=force)
+    return written
 
 
-def check_target(metadata: Metadata, path: Path, format: str | None, force: bool) -> None:
-    """Raises the ValueError that `save` would raise for the format or the folder, before there is an adapter."""
-    writer = _writer(metadata, format)
-    if writer is peft:
+def _check_values(adapter: Adapter) -> None:
+    """Refuses an adapter without modules, or one that its dtype could not hold."""
+    if not adapter.modules:
+        raise ValueError("the adapter holds no modules and cannot be saved")
+    if vanished := [name for name, lora in adapter.modules.items() if _vanished(lora, adapter.energy.get(name))]:
+        raise ValueError(f"module {vanished[0]} is too small for {adapter.modules[vanished[0]].a.dtype}: it became 0")
+    if broken := nonfinite_modules(adapter):
+        raise ValueError(f"module {broken[0]} holds numbers too large for {adapter.modules[broken[0]].a.dtype}, or NaN")
+
+
+def _vanished(lora: LoRA, energy: Energy | None) -> bool:
+    """Whether rounding made all of a merged module 0."""
+    if energy is None or not float(energy.total) > float(energy.lost):
+        return False
+    return not (np.asarray(lora.a).any() and np.asarray(lora.b).any())
+
+
+def _with_energy(adapter: Adapter) -> Adapter:
+    """The adapter with what its truncation cost in its provenance."""
+    if not adapter.energy:
+        return adapter
+    record = json.loads(adapter.metadata.provenance)
+    record["energy_kept"] = float(energy_kept(adapter))
+    record["modules"] = {
+        name: {"rank": adapter.modules[name].rank, "energy_kept": float(adapter.energy[name].kept)}
+        for name in sorted(adapter.modules, key=natural_order)
+    }
+    return dataclasses.replace(adapter, metadata=dataclasses.replace(adapter.metadata, provenance=json.dumps(record)))
+
+
+def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion, force: bool) -> None:
+    """Raises the ValueError that `save` would raise for what these adapters are merged into, from shapes alone."""
+    metadata = adapters[0].metadata
+    writes_peft = (conversion.format or metadata.format) == "peft"
+    if writes_peft:
         atomic.check_target(path, force, peft.CONFIG)
     else:
-        writer.check_target(path, force)
-
-
-def _writer(metadata: Metadata, format: str | None) -> Any:
-    if format not in (None, "peft", metadata.format):
-        raise ValueError(f"unknown format {format!r}: there are peft and the format of the first adapter")
-    if (format or metadata.format) == "peft":
-        if metadata.format != "peft":
-            raise ValueError(f"an adapter of format {metadata.format} cannot be written as peft yet")
-        return peft
-    if metadata.place is None:
+        orbax.check_target(path, force)
+    if not convert.check(adapters, conversion) and not writes_peft and metadata.place is None:
         raise ValueError(
             f"the adapter is a tree in memory, of format {metadata.format}: to_state gives it back, and files are "
-            "written in the layout of those that were read"
+            "written in the layout of those that were read, or of a format= and layout="
         )
-    from jaxmerge.io import orbax
 
-    return orbax
+
+def rank_on_disk(adapter: Adapter) -> int | None:
+    """The rank that all modules are filled up to when they are written, if they are."""
+    ranks = {lora.rank for lora in adapter.modules.values()}
+    fills = adapter.metadata.format != "peft" and orbax.is_of_one_rank(adapter.metadata)
+    return max(ranks) if fills and len(ranks) > 1 else None
 
 
 def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
@@ -159,8 +211,8 @@ def combine_metadata(adapters: Sequence[Adapter]) -> tuple[Metadata, list[str]]:
 def from_state(
     state: Any,
     *,
-    alpha: float | None = None,
-    scan_axis: "trees.ScanAxis" = None,
+    alpha: trees.Alpha = None,
+    scan_axis: trees.ScanAxis = None,
     layout: str | None = None,
     pattern: tuple[str, str] | None = None,
 ) -> Adapter:
@@ -172,9 +224,10 @@ def from_state(
 
     Args:
         state: The tree. Leaves that are not factors become extras.
-        alpha: For qwix, OpenPI's attention and Keras, whose trees do not hold it and whose scale is alpha / rank.
-        scan_axis: Where the layers of a scan lie in the factors; ``"none"`` for none. Wanted where shapes leave it
-            open, which they do for scanned layers.
+        alpha: For qwix, OpenPI's attention and Keras, whose trees do not hold it and whose scale is alpha / rank;
+            ``"rank"`` where each module's alpha is its rank.
+        scan_axis: Where the layers of a scan lie in the factors; ``"none"`` for none, ``"some"`` for whichever axis
+            the shapes allow. Wanted where shapes leave it open, which they do for scanned layers.
         layout: ``"nnx"``, ``"qwix"``, ``"gemma"``, ``"openpi"``, ``"maxtext-legacy"`` or ``"keras"``, where a tree
             could be of several.
         pattern: For any other tree: regular expressions that match the paths of all A and of all B, keys joined by

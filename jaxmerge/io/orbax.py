@@ -6,7 +6,6 @@ Orbax is imported where it is used: that takes a second, and PEFT folders need n
 import dataclasses
 import hashlib
 import json
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.base import Adapter
+from jaxmerge.base import Adapter, Metadata
 from jaxmerge.io import atomic, trees
 
-# Items that hold copies of the factors under the same names, and are no adapter.
-_NOT_ADAPTERS = ("optimizer_state", "opt_state")
+# Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
+_NOT_ADAPTERS = (
+    "optimizer_state", "opt_state", "optimizer", "optimizer_variables", "metrics_variables", "nnx_aux", "rngs", "step",
+)  # fmt: skip
+# Beside the older checkpoints of MaxText: the rank and alpha of an adapter, as PEFT has them.
+_SIDECAR = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Place:
         step: The step under the path that was given; None if that was the checkpoint itself.
         item: Its name in the checkpoint; None for a checkpoint without items.
         marked: Whether it was saved by the function `save` of Orbax's v1, which marks its folders.
+        sidecar: The adapter_config.json beside the steps, or empty.
     """
 
     step: int | None
     item: str | None
     marked: bool
+    sidecar: str = ""
 
 
 def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
@@ -53,18 +58,28 @@ def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
         ValueError: If it is no checkpoint, is broken, or its tree is not understood.
     """
     folder, place, shapes = _find(path, item)
+    kept, left_out = _adapter_part(shapes)
     try:
-        tree = _restore(folder, place.item, shapes)
+        tree = _restore(folder, place.item, kept)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
-    return _adapter(path, folder, place, tree, {"sha256": _digest(tree)}, options)
+    return _adapter(path, folder, place, tree, {"sha256": _digest(tree), "left_out": left_out}, options)
 
 
 def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
     """The adapter with the shapes of its tensors in place of the tensors. Arguments and errors are those of `load`."""
     folder, place, shapes = _find(path, item)
-    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
-    return _adapter(path, folder, place, tree, {}, options)
+    kept, left_out = _adapter_part(shapes)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept)
+    return _adapter(path, folder, place, tree, {"left_out": left_out}, options)
+
+
+def _adapter_part(shapes: Any) -> tuple[Any, list[str]]:
+    """The tree without the state of a training run, and the names of what that is."""
+    if not isinstance(shapes, dict):
+        return shapes, []
+    left_out = [name for name in shapes if name in _NOT_ADAPTERS]
+    return {name: tree for name, tree in shapes.items() if name not in left_out}, left_out
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -85,34 +100,64 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     beside what the source had there.
 
     Args:
-        adapter: Read from a checkpoint, or merged from such.
+        adapter: Read from a checkpoint, merged from such, or converted to its format.
         path: What the source's path was: a root, a step, or a checkpoint.
         force: Replace a checkpoint.
 
     Raises:
-        ValueError: If the folder may not be written, or no adapter's tree has a place for a module.
+        ValueError: If no adapter's tree has a place for a module.
     """
-    check_target(path, force)
     place: Place = adapter.metadata.place
+    if is_of_one_rank(adapter.metadata):
+        adapter = trees.padded(adapter)
     tree = jax.tree.map(np.asarray, trees.to_state(adapter))
     custom = _with_rank(json.loads(adapter.metadata.config), adapter)
-    custom["jaxmerge"] = json.loads(adapter.metadata.provenance)
+    # The scale is in B, so that alpha is the rank wherever there is one.
+    custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), "alpha": "rank"}
+    if place.sidecar:
+        rank = max(lora.rank for lora in adapter.modules.values())
+        sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
+        place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
     path = path.resolve()
-    if not path.exists():
+    if not path.exists() or "://" in str(path):
         _write(path, place, tree, custom)
         return
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    staging = path.parent / f".{path.name}.partial"
     try:
         _write(staging, place, tree, custom)
-        atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=force)
+        if jax.process_index() == 0:
+            atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=force)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+    _wait_for_all("jaxmerge.save")
+
+
+def is_of_one_rank(metadata: Metadata) -> bool:
+    """Whether what is written has all modules of one rank, the smaller filled up with zeros."""
+    row = trees.TREE_FORMATS.get(metadata.format)
+    return (row is not None and row.one_rank) or _is_maxtext(json.loads(metadata.config))
+
+
+def _is_maxtext(custom: Mapping[str, Any]) -> bool:
+    stored = custom.get("lora")
+    return isinstance(stored, dict) and "lora_alpha" in stored
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
     import orbax.checkpoint as v0
     from orbax.checkpoint import v1
 
+    if place.sidecar and jax.process_index() == 0:
+        path.mkdir(parents=True)
+        (path / _SIDECAR).write_text(place.sidecar)
     if place.step is not None:
         with v0.CheckpointManager(path) as manager:
             items = v0.args.Composite(**{place.item or "default": v0.args.StandardSave(tree)})
@@ -137,14 +182,16 @@ def _find(path: Path, item: str | None) -> tuple[Path, Place, Any]:
     items = _items(folder, path)
     name = _chosen(items, item, path)
     step = int(folder.name) if below_root else None
-    return folder, Place(step, name, (folder / "orbax.checkpoint").exists()), items[name]
+    sidecar = folder.parent / _SIDECAR
+    text = sidecar.read_text() if folder.name.isdigit() and sidecar.is_file() else ""
+    return folder, Place(step, name, (folder / "orbax.checkpoint").exists(), text), items[name]
 
 
 def _adapter(
     path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Adapter:
-    custom = _custom_metadata(folder)
-    options = _completed(options, custom)
+    custom = _custom_metadata(folder, place.item)
+    options = _completed(options, custom, place.sidecar)
     try:
         adapter = trees.from_state(tree, **options)
     except ValueError as error:
@@ -160,43 +207,44 @@ def _adapter(
         adapter.metadata,
         name=str(path),
         place=place,
-        config=json.dumps(custom),
+        config=json.dumps({key: value for key, value in custom.items() if key != "jaxmerge"}),
         provenance=json.dumps(provenance),
     )
     return dataclasses.replace(adapter, metadata=metadata)
 
 
-def _completed(options: Mapping[str, Any], custom: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with what MaxText writes into a checkpoint's custom metadata where they leave it open."""
-    alpha = options.get("alpha")
-    scan_axis = options.get("scan_axis")
-    stored = custom.get("lora")
-    if alpha is None and isinstance(stored, dict):
-        alpha = stored.get("lora_alpha")
-    if scan_axis is None and custom.get("scan_layers") is False:
-        scan_axis = "none"
+def _completed(options: Mapping[str, Any], custom: Mapping[str, Any], sidecar: str) -> dict[str, Any]:
+    """The options, with what is written down beside the tree where they leave it open."""
+    alpha, scan_axis = options.get("alpha"), options.get("scan_axis")
+    if alpha is None:
+        sources = [(custom.get("lora"), "lora_alpha"), (custom.get("jaxmerge"), "alpha")]
+        found = [source.get(name) for source, name in sources if isinstance(source, dict)]
+        alpha = next((value for value in found if value), None)
+    if alpha is None and sidecar:
+        alpha = json.loads(sidecar).get("lora_alpha")
+    if scan_axis is None and isinstance(custom.get("scan_layers"), bool):
+        scan_axis = "some" if custom["scan_layers"] else "none"
     return {**options, "alpha": alpha, "scan_axis": scan_axis}
 
 
 def _with_rank(custom: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Custom metadata in which MaxText's rank and alpha are those of the adapter: equal, as its scale is folded in."""
-    stored = custom.get("lora")
-    if not isinstance(stored, dict) or "lora_alpha" not in stored:
+    if not _is_maxtext(custom):
         return custom
-    ranks = {lora.rank for lora in adapter.modules.values()}
-    if len(ranks) > 1:
-        listed = ", ".join(map(str, sorted(ranks)))
-        raise ValueError(f"MaxText has one rank for all modules, and these have {listed}: give a rank to merge at")
-    rank = ranks.pop()
-    return {**custom, "lora": {**stored, "lora_rank": rank, "lora_alpha": float(rank)}}
+    (rank,) = {lora.rank for lora in adapter.modules.values()}
+    return {**custom, "lora": {**custom["lora"], "lora_rank": rank, "lora_alpha": float(rank)}}
 
 
-def _custom_metadata(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in found.items() if key != "jaxmerge"} if isinstance(found, dict) else {}
+def _custom_metadata(folder: Path, item: str | None) -> dict[str, Any]:
+    """Of the checkpoint, and of the item if that was saved as a checkpoint of its own."""
+    custom: dict[str, Any] = {}
+    for place in (folder, *([folder / item] if item else [])):
+        try:
+            found = json.loads((place / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
+        except (OSError, ValueError):
+            continue
+        custom |= found if isinstance(found, dict) else {}
+    return custom
 
 
 def _is_committed(folder: Path) -> bool:
@@ -246,7 +294,10 @@ def _restore(folder: Path, name: str | None, shapes: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    return ocp.load(str(folder), target, **({} if name is None else {"checkpointable_name": name}))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(str(folder), target, **({} if name is None else {"checkpointable_name": name}))
 
 
 def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path) -> str | None:

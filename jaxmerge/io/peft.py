@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxmerge.base import Adapter, Array, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
+from jaxmerge.base import Adapter, Array, LoRA, Metadata
 from jaxmerge.io import atomic, card
 from jaxmerge.io.peft_config import export_config
 from jaxmerge.io.peft_keys import (
@@ -258,19 +258,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         OSError: If the disk fails or is full.
     """
     atomic.check_target(path, force, CONFIG)
-    if not adapter.modules:
-        raise ValueError("the adapter holds no modules and cannot be saved")
     record = json.loads(adapter.metadata.provenance)
-    if adapter.energy:
-        record["energy_kept"] = float(energy_kept(adapter))
-        record["modules"] = {
-            name: {"rank": adapter.modules[name].rank, "energy_kept": float(adapter.energy[name].kept)}
-            for name in sorted(adapter.modules, key=natural_order)
-        }
-    if vanished := [name for name, lora in adapter.modules.items() if _vanished(lora, adapter.energy.get(name))]:
-        raise ValueError(f"module {vanished[0]} is too small for {adapter.modules[vanished[0]].a.dtype}: it became 0")
-    if broken := nonfinite_modules(adapter):
-        raise ValueError(f"module {broken[0]} holds numbers too large for {adapter.modules[broken[0]].a.dtype}, or NaN")
     config = export_config(adapter)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
     files = {
@@ -305,13 +293,6 @@ def export_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
             tensors[f"{path}.lora_B.bias"] = bias
     extras = {inside_wrapper(name, adapter.modules): _host(array) for name, array in adapter.extras.items()}
     return tensors | extras
-
-
-def _vanished(lora: LoRA, energy: Energy | None) -> bool:
-    """Whether rounding made all of a merged module 0."""
-    if energy is None or not float(energy.total) > float(energy.lost):
-        return False
-    return not (np.asarray(lora.a).any() and np.asarray(lora.b).any())
 
 
 def _host(array: Array | np.ndarray) -> np.ndarray:

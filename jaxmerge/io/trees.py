@@ -20,9 +20,13 @@ from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, promote
 
 # A is [*in, r] and B [r, *out]: heads, windows of a convolution, experts that share a B are axes of one side.
 _FLAT = ("*in rank", "rank *out")
+_OUT = ("in batch in rank", "rank batch out"), ("in batch in rank", "out batch rank")
 _EACH = ("*batch in rank", "*batch rank out")
 
-ScanAxis = int | Literal["none"] | None
+# "some": there is a scan, at whatever axis the shapes leave open.
+ScanAxis = int | Literal["none", "some"] | None
+# "rank": each module's alpha is its rank, as in what jaxmerge writes.
+Alpha = float | Literal["rank"] | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Rule:
         """The path of a factor of a module, whose own path is joined by dots."""
         values = {"module": module.replace(".", "/"), "parameter": parameter, "factor": factor}
         return re.sub(r"\{(\w+)(:[^}]*)?\}", lambda match: values[match[1]], self.leaf)
+
+    def knows(self, module: str, parameter: str) -> bool:
+        """Whether the rule itself would recognise the factors of a module."""
+        return re.fullmatch(self.pattern("a"), self.path(module, parameter, "a")) is not None
 
 
 @dataclass(frozen=True)
@@ -110,10 +118,11 @@ TREE_FORMATS: Mapping[str, TreeFormat] = {
             Rule("{module}/{parameter:gating_einsum|linear}_lora_{factor}", (_EACH,), "one"),
         ),
     ),
-    # MaxText before it took qwix; its layers are scanned at axis 1, also where heads come before them.
+    # MaxText before it took qwix; its layers are scanned at axis 1, also where heads come before them. Its own
+    # converter wrote the output's B the other way round.
     "maxtext-legacy": TreeFormat(
         (
-            Rule("{module:.*out}/lora_{factor}.kernel", (("in batch in rank", "rank batch out"), _FLAT)),
+            Rule("{module:.*out}/lora_{factor}.kernel", (*_OUT, _FLAT)),
             Rule("{module}/lora_{factor}.kernel", (("in batch rank", "rank batch *out"), _FLAT)),
         ),
         one_rank=True,
@@ -169,7 +178,7 @@ class MissingAlphaError(ValueError):
 def from_state(
     state: Any,
     *,
-    alpha: float | None = None,
+    alpha: Alpha = None,
     scan_axis: ScanAxis = None,
     layout: str | None = None,
     pattern: tuple[str, str] | None = None,
@@ -208,7 +217,7 @@ def from_state(
     modules = {}
     for path, pair in factors.items():
         lora = _lora(pair["a"], pair["b"], layouts[path])
-        scale = 1.0 if alpha is None or rules[path].scale == "one" else alpha / lora.rank
+        scale = 1.0 if alpha in (None, "rank") or rules[path].scale == "one" else alpha / lora.rank
         modules[path] = LoRA(lora.a, lora.b, scale)
     metadata = Metadata(
         format=name, layouts=tuple(layouts.items()), tree=Tree(structure, tuple(roles)), provenance="{}"
@@ -337,9 +346,13 @@ def _layout(path: str, a: tuple[int, ...], b: tuple[int, ...], rule: Rule, scan_
         fixed = fitting.get(scan_axis)
         return fixed or f"module {path} is not scanned at axis {scan_axis}: its factors have shapes {a} and {b}"
     unscanned = _fitted(a, b, plain)
-    if unscanned is not None and (not fitting or scan_axis == "none"):
+    if scan_axis == "some" and min(len(a), len(b)) > 2 and len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if unscanned is not None and (
+        not fitting or scan_axis == "none" or (scan_axis == "some" and len(a) == len(b) == 2)
+    ):
         return unscanned
-    if fitting and scan_axis is None:
+    if fitting and scan_axis in (None, "some"):
         axes = ", ".join(map(str, fitting))
         return (
             f"module {path} with factors of shapes {a} and {b} may be layers of a scan at axis {axes}"
@@ -374,6 +387,20 @@ def _fitted(
         outputs=sizes(b, b_axes, "out"),
         summed=math.prod(sizes(b, b_axes, "sum")),
     )
+
+
+def layout_of(
+    rule: Rule, batch: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], scan_axis: int
+) -> TreeLayout:
+    """How a rule lays factors of these sizes, with what has factors of its own at an axis where the rule is silent."""
+    a, b = rule.axes[0]
+    own = len(batch) if "batch" in a else 0
+    a_axes = _spelt(a, own + len(inputs) + 1) or ()
+    b_axes = _spelt(b, own + len(outputs) + 1 + b.count("sum")) or ()
+    if not own:
+        a_axes, b_axes = ((*x[:scan_axis], *("batch",) * len(batch), *x[scan_axis:]) for x in (a_axes, b_axes))
+    summed = inputs[0] if "sum" in b else 1
+    return TreeLayout(a_axes, b_axes, batch, inputs, outputs, summed)
 
 
 def _spelt(axes: str, ndim: int) -> tuple[str, ...] | None:
