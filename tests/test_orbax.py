@@ -255,19 +255,114 @@ def test_maxtext_keeps_alpha_and_rank_in_custom_metadata(tmp_path, scanned):
     for i in range(2):
         with v0.CheckpointManager(tmp_path / str(i)) as manager:
             manager.save(7, args=v0.args.Composite(items=v0.args.StandardSave(tree(i))), custom_metadata=custom)
-    options = {"scan_axis": 1} if scanned else {}
-    adapters = [jm.load(tmp_path / str(i), **options) for i in range(2)]
+    adapters = [
+        jm.load(tmp_path / str(i)) for i in range(2)
+    ]  # Where the layers lie is told by the metadata and shapes.
     (path,) = adapters[0].modules
     assert path == "decoder.layers.self_attention.query"
     assert adapters[0].modules[path].scale == 3
     assert adapters[0].modules[path].batch == ((3,) if scanned else ())
     jm.save(jm.merge(adapters, [1, -1]), tmp_path / "out")
-    again = jm.load(tmp_path / "out", **options)
+    again = jm.load(tmp_path / "out")
     assert again.modules[path].scale == 1
     expected = np.asarray(jm.delta(adapters[0].modules[path]) - jm.delta(adapters[1].modules[path]))
     assert relative_error(jm.delta(again.modules[path]), expected) < 1e-5
     written = json.loads((tmp_path / "out" / "7" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert written["lora"] == {"lora_rank": 4, "lora_alpha": 4.0, "module_path": ".*"}
-    if scanned:
-        with pytest.raises(ValueError, match="scan_axis"):
-            jm.load(tmp_path / "0")
+
+
+def test_scanned_layers_whose_sizes_leave_it_open_are_not_guessed(tmp_path):
+    query = {"kernel_lora_a": np.ones((2, 2, 2), np.float32), "kernel_lora_b": np.ones((2, 2, 4), np.float32)}
+    custom = {"lora": {"lora_rank": 2, "lora_alpha": 6.0}, "scan_layers": True}
+    with v0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", {"decoder": {"layers": {"query": query}}}, custom_metadata=custom)
+    with pytest.raises(ValueError, match="axis 0, 1"):
+        jm.load(tmp_path / "a")
+    assert jm.load(tmp_path / "a", scan_axis=1).modules["decoder.layers.query"].batch == (2,)
+
+
+def test_the_state_of_a_training_run_is_left_out(tmp_path, capsys):
+    """What MaxText's trainer saves: optimizer moments under the names of the factors, and a step."""
+
+    def tree(seed):
+        rng = np.random.default_rng(seed)
+        q = {"kernel_lora_a": rng.normal(size=(8, 2)), "kernel_lora_b": rng.normal(size=(2, 6))}
+        params = {"params": {"decoder": {"layers_0": {"self_attention": {"query": q}}}}}
+        return {"params": params, "opt_state": {"mu": params, "count": np.int32(seed)}, "step": np.int32(seed)}
+
+    custom = {"lora": {"lora_rank": 2, "lora_alpha": 4.0}, "scan_layers": False}
+    for i in range(2):
+        with v0.CheckpointManager(tmp_path / str(i)) as manager:
+            manager.save(7, args=v0.args.Composite(items=v0.args.StandardSave(tree(i))), custom_metadata=custom)
+    assert main(["merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "out")]) == 0
+    assert "not carried over: opt_state, step" in capsys.readouterr().out
+    merged = jm.load(tmp_path / "out")
+    assert list(merged.modules) == ["decoder.layers_0.self_attention.query"]
+    assert not merged.extras
+    expected = sum(
+        delta64(jm.load(tmp_path / str(i)).modules["decoder.layers_0.self_attention.query"]) for i in range(2)
+    )
+    assert relative_error(delta64(merged.modules["decoder.layers_0.self_attention.query"]), expected / 2) < 1e-5
+    assert (tmp_path / "out" / "7" / "items").is_dir()
+
+
+def test_ranks_that_differ_are_filled_up_where_the_format_has_one(tmp_path, capsys):
+    def tree(seed, *layers):
+        rng = np.random.default_rng(seed)
+        factors = {"kernel_lora_a": rng.normal(size=(8, 2)), "kernel_lora_b": rng.normal(size=(2, 6))}
+        return {"decoder": {f"layers_{i}": {"mlp": {"wo": factors}} for i in layers}}
+
+    custom = {"lora": {"lora_rank": 2, "lora_alpha": 4.0}, "scan_layers": False}
+    for i, layers in enumerate([(0,), (0, 1)]):
+        with v0.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / str(i), tree(i, *layers), custom_metadata=custom)
+    assert main(["merge", str(tmp_path / "0"), str(tmp_path / "1"), "-o", str(tmp_path / "out")]) == 0
+    assert "filled up with zeros to rank 4" in capsys.readouterr().out
+    again = jm.load(tmp_path / "out")
+    assert {lora.rank for lora in again.modules.values()} == {4}
+    for path, lora in jm.merge([jm.load(tmp_path / str(i)) for i in range(2)]).modules.items():
+        np.testing.assert_allclose(jm.delta(again.modules[path]), jm.delta(lora), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_maxtexts_older_form_with_its_adapter_config(tmp_path, swapped):
+    """Keys with a dot in them, layers at axis 1 behind the heads, and rank and alpha in PEFT's configuration."""
+
+    def save(seed):
+        rng = np.random.default_rng(seed)
+        out_b = rng.normal(size=(8, 3, 2) if swapped else (2, 3, 8)).astype(np.float32)
+        attention = {
+            "query": {
+                "lora_a.kernel": rng.normal(size=(8, 3, 2)).astype(np.float32),
+                "lora_b.kernel": rng.normal(size=(2, 3, 4, 5)).astype(np.float32),
+                "kernel": None,
+            },
+            "out": {"lora_a.kernel": rng.normal(size=(4, 3, 5, 2)).astype(np.float32), "lora_b.kernel": out_b},
+        }
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}))
+        tree = {"params": {"params": {"decoder": {"layers": {"self_attention": attention}}}}, "step": np.int32(0)}
+        with v0.CheckpointManager(folder) as manager:
+            manager.save(0, args=v0.args.Composite(items=v0.args.PyTreeSave(tree)))
+        return attention
+
+    def deltas(attention):
+        a, b = (attention["query"][f"lora_{factor}.kernel"] for factor in "ab")
+        out_a, out_b = (attention["out"][f"lora_{factor}.kernel"] for factor in "ab")
+        return (
+            np.einsum("elr,rlnd->elnd", a.astype(np.float64), b),
+            np.einsum("nldr,elr->nlde" if swapped else "nldr,rle->nlde", out_a.astype(np.float64), out_b),
+        )
+
+    expected = [
+        3.0 * (0.5 * one + 2 * two) for one, two in zip(*[deltas(save(seed)) for seed in range(2)], strict=True)
+    ]
+    merged = jm.merge([jm.load(tmp_path / str(seed)) for seed in range(2)], [0.5, 2])
+    jm.save(merged, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 4, ["q_proj"])
+    tree = v1.load(str(tmp_path / "out" / "0"), checkpointable_name="items")
+    got = deltas(tree["params"]["params"]["decoder"]["layers"]["self_attention"])
+    for one, wanted in zip(got, expected, strict=True):
+        assert relative_error(one, wanted) < 1e-5

@@ -134,9 +134,9 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 def new_model(family: Family) -> nnx.Module:
     """A model of Tunix's with random weights everywhere; its own start has zeros in the MLPs."""
-    model = getattr(family.library, family.model)(family.config(), rngs=nnx.Rngs(0))
-    nnx.update(model, randomised(nnx.state(model, nnx.Param), seed=0, size=0.2))
-    return model
+    model = nnx.eval_shape(lambda: getattr(family.library, family.model)(family.config(), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, randomised(state, seed=0, size=0.2))
 
 
 def randomised(state: Any, seed: int, size: float) -> Any:
@@ -148,21 +148,38 @@ def randomised(state: Any, seed: int, size: float) -> Any:
 def with_lora(model: nnx.Module, *rules: qwix.LoraRule, seed: int | None = None) -> nnx.Module:
     """A copy of the model with LoRA, random if there is a seed, as Tunix's own command line makes it."""
     provider = qwix.LoraProvider(list(rules))
-    lora = qwix.apply_lora_to_model(nnx.clone(model), provider, rngs=nnx.Rngs(0), **model.get_model_input())
+
+    @nnx.jit
+    def attach(model: nnx.Module) -> nnx.Module:
+        return qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
+
+    lora = attach(model)
     if seed is not None:
         nnx.update(lora, randomised(nnx.state(lora, nnx.LoRAParam), seed, size=0.2))
     return lora
 
 
+def rule(module_path: str, rank: int, alpha: float) -> qwix.LoraRule:
+    # Zeros because random numbers take long to compile.
+    return qwix.LoraRule(
+        module_path=module_path, rank=rank, alpha=alpha, lora_a_initializer=nnx.initializers.zeros_init()
+    )
+
+
 def everywhere(rank: int, alpha: float) -> qwix.LoraRule:
-    return qwix.LoraRule(module_path=r"layers/\d+/(attn|mlp)/.*", rank=rank, alpha=alpha)
+    return rule(r"layers/\d+/(attn|mlp)/.*", rank, alpha)
 
 
 def logits(model: nnx.Module) -> np.ndarray:
+    return np.asarray(forward(model), np.float64)
+
+
+@nnx.jit
+def forward(model: nnx.Module) -> jax.Array:
     length = TOKENS.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), TOKENS.shape)
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(TOKENS), length, length))
-    return np.asarray(nnx.jit(lambda model: model(jnp.asarray(TOKENS), positions, None, mask)[0])(model), np.float64)
+    return model(jnp.asarray(TOKENS), positions, None, mask)[0]
 
 
 def deltas(model: nnx.Module, alpha: float | None) -> dict[str, np.ndarray]:
@@ -213,7 +230,7 @@ def rules_of(root: Path) -> list[qwix.LoraRule]:
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))[0]:
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if found := re.fullmatch(r"(.+)/\w+_lora_a(/value)?", name):
-            rules.append(qwix.LoraRule(module_path=found[1], rank=leaf.shape[-1], alpha=float(leaf.shape[-1])))
+            rules.append(rule(found[1], leaf.shape[-1], float(leaf.shape[-1])))
     return rules
 
 

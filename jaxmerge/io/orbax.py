@@ -57,10 +57,9 @@ def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
     Raises:
         ValueError: If it is no checkpoint, is broken, or its tree is not understood.
     """
-    folder, place, shapes = _find(path, item)
-    kept, left_out = _adapter_part(shapes)
+    folder, place, shapes, left_out = _find(path, item)
     try:
-        tree = _restore(folder, place.item, kept)
+        tree = _restore(folder, place.item, shapes)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
     return _adapter(path, folder, place, tree, {"sha256": _digest(tree), "left_out": left_out}, options)
@@ -68,18 +67,19 @@ def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
 
 def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
     """The adapter with the shapes of its tensors in place of the tensors. Arguments and errors are those of `load`."""
-    folder, place, shapes = _find(path, item)
-    kept, left_out = _adapter_part(shapes)
-    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), kept)
+    folder, place, shapes, left_out = _find(path, item)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
     return _adapter(path, folder, place, tree, {"left_out": left_out}, options)
 
 
 def _adapter_part(shapes: Any) -> tuple[Any, list[str]]:
-    """The tree without the state of a training run, and the names of what that is."""
-    if not isinstance(shapes, dict):
-        return shapes, []
-    left_out = [name for name in shapes if name in _NOT_ADAPTERS]
-    return {name: tree for name, tree in shapes.items() if name not in left_out}, left_out
+    """The tree of arrays without the state of a training run, and the names of what was left out."""
+    left_out = [name for name in shapes if name in _NOT_ADAPTERS] if isinstance(shapes, dict) else []
+    if left_out:
+        shapes = {name: tree for name, tree in shapes.items() if name not in left_out}
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    left_out += [trees.path_of(path) for path, leaf in with_paths if not _is_array(leaf)]
+    return jax.tree.unflatten(structure, [leaf if _is_array(leaf) else None for _, leaf in with_paths]), left_out
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -173,8 +173,8 @@ def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
             checkpointer.save(path, tree, custom_metadata=custom)
 
 
-def _find(path: Path, item: str | None) -> tuple[Path, Place, Any]:
-    """The checkpoint's folder, the place of the adapter in it, and the shapes of its leaves."""
+def _find(path: Path, item: str | None) -> tuple[Path, Place, Any, list[str]]:
+    """The checkpoint's folder, the place of the adapter in it, the shapes of its leaves, and what is none of it."""
     folder = _step(path.resolve(), path)
     below_root = folder.parent == path.resolve()
     if not _is_committed(folder):  # An item: its step is what Orbax reads.
@@ -184,7 +184,7 @@ def _find(path: Path, item: str | None) -> tuple[Path, Place, Any]:
     step = int(folder.name) if below_root else None
     sidecar = folder.parent / _SIDECAR
     text = sidecar.read_text() if folder.name.isdigit() and sidecar.is_file() else ""
-    return folder, Place(step, name, (folder / "orbax.checkpoint").exists(), text), items[name]
+    return folder, Place(step, name, (folder / "orbax.checkpoint").exists(), text), *items[name]
 
 
 def _adapter(
@@ -271,22 +271,23 @@ def _step(folder: Path, path: Path) -> Path:
     return steps[-1]
 
 
-def _items(folder: Path, path: Path) -> dict[str | None, Any]:
-    """Trees of shapes by the items' names; None is the name of a checkpoint that has no items."""
+def _items(folder: Path, path: Path) -> dict[str | None, tuple[Any, list[str]]]:
+    """By the items' names the shapes of their arrays, and what is none; a checkpoint without items has one, None."""
     from orbax.checkpoint import v1 as ocp
 
     try:
         if (folder / "_METADATA").is_file():
-            return {None: ocp.metadata(str(folder)).metadata}
-        found = ocp.checkpointables_metadata(str(folder)).metadata
+            found = {None: ocp.metadata(str(folder)).metadata}
+        else:
+            found = ocp.checkpointables_metadata(str(folder)).metadata
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not a sound Orbax checkpoint: {atomic.one_line(error)}") from None
-    return {name: tree for name, tree in found.items() if _of_arrays(tree)}
+    parts = {name: _adapter_part(tree) for name, tree in found.items()}
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part[0])}
 
 
-def _of_arrays(tree: Any) -> bool:
-    leaves = jax.tree.leaves(tree)
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _restore(folder: Path, name: str | None, shapes: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, promote
+from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, precision, promote
 
 # A is [*in, r] and B [r, *out]: heads, windows of a convolution, experts that share a B are axes of one side.
 _FLAT = ("*in rank", "rank *out")
@@ -241,7 +241,8 @@ def to_state(adapter: Adapter) -> Any:
             leaves.append(adapter.extras[path])
             continue
         lora, layout = modules[path], layouts[path]
-        leaves.append(_leaf_a(lora, layout) if role == "a" else _leaf_b(lora, layout))
+        with precision(lora.a.dtype, lora.b.dtype):
+            leaves.append(_leaf_a(lora, layout) if role == "a" else _leaf_b(lora, layout))
     return jax.tree.unflatten(tree.structure, leaves)
 
 
@@ -252,7 +253,8 @@ def padded(adapter: Adapter) -> Adapter:
     def pad(x: AnyArray, axis: int) -> jax.Array:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, rank - x.shape[axis])
-        return jnp.pad(jnp.asarray(x), widths)
+        with precision(x.dtype):
+            return jnp.pad(jnp.asarray(x), widths)
 
     modules = {
         path: lora if lora.rank == rank else dataclasses.replace(lora, a=pad(lora.a, -2), b=pad(lora.b, -1))
@@ -455,7 +457,8 @@ def _leaf_a(lora: LoRA, layout: TreeLayout) -> jax.Array:
 def _leaf_b(lora: LoRA, layout: TreeLayout) -> jax.Array:
     """B with the scale folded in: the formats keep none, and alpha equal to the rank restores it."""
     b = jnp.asarray(lora.b)
-    scaled = (b.astype(jnp.float32) * jnp.asarray(lora.scale, jnp.float32)).astype(b.dtype)
+    wide = promote(b.dtype, jnp.float32)
+    scaled = (b.astype(wide) * jnp.asarray(lora.scale, wide)).astype(b.dtype)
     b = scaled.swapaxes(-1, -2)
     if "sum" in layout.b:  # The first of the terms is the sum: exact in any dtype.
         rest = jnp.zeros((*lora.batch, layout.summed - 1, *b.shape[-2:]), b.dtype)
