@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
-from jaxmerge.io import atomic, convert, orbax, peft, trees
+from jaxmerge.io import convert, keras, orbax, peft, trees
 from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_config import combine_configs, export_config
 from jaxmerge.io.peft_keys import natural_order
@@ -31,7 +31,8 @@ def load(
 
     Args:
         path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name. Or an Orbax
-            checkpoint of a Flax LoRA tree: a manager's root (the latest step is taken), a step, or an item.
+            checkpoint of a Flax LoRA tree: a manager's root (the latest step is taken), a step, or an item. Or a
+            ``.lora.h5`` file of KerasHub.
         alpha: For Orbax, as in `from_state`.
         scan_axis: For Orbax, as in `from_state`.
         item: For Orbax, which item of a step that has several.
@@ -65,6 +66,8 @@ def peek(path: str | Path, **options: Any) -> Adapter:
 
 
 def _read(path: Path, how: str, **options: Any) -> Adapter:
+    if path.is_file() and path.name.endswith(keras.SUFFIX):
+        return keras.load(path, **options)  # Small, and without headers to peek at.
     if is_orbax(path):
         return getattr(orbax, how)(path, **options)
     if given := [name for name, value in options.items() if value is not None]:
@@ -118,8 +121,14 @@ def save(
     check_target([adapter], path, conversion, force)
     _check_values(adapter)
     written = convert.convert(_with_energy(adapter), conversion)
-    (peft if written.metadata.format == "peft" else orbax).save(written, path, force=force)
+    _writer(written.metadata).save(written, path, force=force)
     return written
+
+
+def _writer(metadata: Metadata) -> Any:
+    if metadata.format == "peft":
+        return peft
+    return keras if isinstance(metadata.place, keras.File) else orbax
 
 
 def _check_values(adapter: Adapter) -> None:
@@ -155,12 +164,10 @@ def _with_energy(adapter: Adapter) -> Adapter:
 def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion, force: bool) -> None:
     """Raises the ValueError that `save` would raise for what these adapters are merged into, from shapes alone."""
     metadata = adapters[0].metadata
-    writes_peft = (conversion.format or metadata.format) == "peft"
-    if writes_peft:
-        atomic.check_target(path, force, peft.CONFIG)
-    else:
-        orbax.check_target(path, force)
-    if not convert.check(adapters, conversion) and not writes_peft and metadata.place is None:
+    converts = convert.check(adapters, conversion)
+    writer = _writer(convert.target_metadata(str(conversion.format)) if converts else metadata)
+    writer.check_target(path, force)
+    if writer is orbax and not converts and metadata.place is None:
         raise ValueError(
             f"the adapter is a tree in memory, of format {metadata.format}: to_state gives it back, and files are "
             "written in the layout of those that were read, or of a format= and layout="

@@ -82,6 +82,52 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool, marker:
         _sync_folder(path.parent)
 
 
+def check_file_target(path: Path, force: bool) -> None:
+    """Refuses a file that may not be written.
+
+    Args:
+        path: The file to be.
+        force: Whether a file may be replaced.
+
+    Raises:
+        ValueError: If something is there that may not be replaced, or the place cannot be written to.
+    """
+    if path.is_dir() or (path.is_symlink() and not path.exists()):
+        raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'a broken link'}; it is left alone")
+    if path.exists() and not force:
+        raise ValueError(f"{path}: already exists (--force replaces an adapter)")
+    place = _existing_ancestor(path.parent)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
+
+
+def write_file(path: Path, data: bytes, *, force: bool) -> None:
+    """Writes a file, atomically.
+
+    Args:
+        path: The file; missing parents are made.
+        data: Its contents.
+        force: Replace a file.
+
+    Raises:
+        ValueError: If the target may not be written.
+        OSError: If the disk fails or is full; nothing is left then.
+    """
+    check_file_target(path, force)
+    path = path.resolve()
+    with contextlib.ExitStack() as stack:
+        handles = _write_unnamed(_existing_ancestor(path.parent), {path.name: data}, stack)
+        _make_parents(path.parent)
+        staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        try:
+            if handles is None or not _link(handles[path.name], staging):
+                _write_named(staging, data)
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
 def _existing_ancestor(path: Path) -> Path:
     path = path.absolute()
     while not path.exists():

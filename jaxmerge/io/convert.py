@@ -119,6 +119,11 @@ def check(adapters: Sequence[Adapter], conversion: Conversion) -> bool:
     return needed
 
 
+def target_metadata(format: str) -> Metadata:
+    """Where and as what a format is written."""
+    return Metadata() if format == "peft" else Metadata(format=TARGETS[format].tree, place=TARGETS[format].place)
+
+
 def convert(adapter: Adapter, conversion: Conversion) -> Adapter:
     """The adapter in another format.
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxmerge.base import Adapter, Metadata
-from jaxmerge.io import atomic, trees
+from jaxmerge.io import atomic, keras, trees
 
 # Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
 _NOT_ADAPTERS = (
@@ -24,6 +24,8 @@ _NOT_ADAPTERS = (
 )  # fmt: skip
 # Beside the older checkpoints of MaxText: the rank and alpha of an adapter, as PEFT has them.
 _SIDECAR = "adapter_config.json"
+# Beside the trees of Keras: the model's own configuration, as a string.
+_MODEL_CONFIG = "model_config"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Place:
         item: Its name in the checkpoint; None for a checkpoint without items.
         marked: Whether it was saved by the function `save` of Orbax's v1, which marks its folders.
         sidecar: The adapter_config.json beside the steps, or empty.
+        model_config: Of Keras's, the configuration of the model in an item of its own, or empty.
     """
 
     step: int | None
     item: str | None
     marked: bool
     sidecar: str = ""
+    model_config: str = ""
 
 
 def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
@@ -118,6 +122,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         rank = max(lora.rank for lora in adapter.modules.values())
         sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
         place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
+    if place.model_config:
+        place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
     path = path.resolve()
     if not path.exists() or "://" in str(path):
         _write(path, place, tree, custom)
@@ -158,7 +164,11 @@ def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
     if place.sidecar and jax.process_index() == 0:
         path.mkdir(parents=True)
         (path / _SIDECAR).write_text(place.sidecar)
-    if place.step is not None:
+    if place.model_config and place.step is not None:
+        items = {str(place.item): tree, _MODEL_CONFIG: {"config": place.model_config}}
+        with v1.training.Checkpointer(str(path)) as checkpointer:
+            checkpointer.save_checkpointables(place.step, items, custom_metadata=custom)
+    elif place.step is not None:
         with v0.CheckpointManager(path) as manager:
             items = v0.args.Composite(**{place.item or "default": v0.args.StandardSave(tree)})
             manager.save(place.step, args=items, custom_metadata=custom)
@@ -184,14 +194,26 @@ def _find(path: Path, item: str | None) -> tuple[Path, Place, Any, list[str]]:
     step = int(folder.name) if below_root else None
     sidecar = folder.parent / _SIDECAR
     text = sidecar.read_text() if folder.name.isdigit() and sidecar.is_file() else ""
-    return folder, Place(step, name, (folder / "orbax.checkpoint").exists(), text), *items[name]
+    marked = (folder / "orbax.checkpoint").exists()
+    return folder, Place(step, name, marked, text, _model_config(folder)), *items[name]
+
+
+def _model_config(folder: Path) -> str:
+    from orbax.checkpoint import v1 as ocp
+
+    if not (folder / _MODEL_CONFIG).is_dir():
+        return ""
+    try:
+        return str(ocp.load(str(folder), checkpointable_name=_MODEL_CONFIG)["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _adapter(
     path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Adapter:
     custom = _custom_metadata(folder, place.item)
-    options = _completed(options, custom, place.sidecar)
+    options = _completed(options, custom, place)
     try:
         adapter = trees.from_state(tree, **options)
     except ValueError as error:
@@ -213,15 +235,17 @@ def _adapter(
     return dataclasses.replace(adapter, metadata=metadata)
 
 
-def _completed(options: Mapping[str, Any], custom: Mapping[str, Any], sidecar: str) -> dict[str, Any]:
+def _completed(options: Mapping[str, Any], custom: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """The options, with what is written down beside the tree where they leave it open."""
     alpha, scan_axis = options.get("alpha"), options.get("scan_axis")
     if alpha is None:
         sources = [(custom.get("lora"), "lora_alpha"), (custom.get("jaxmerge"), "alpha")]
         found = [source.get(name) for source, name in sources if isinstance(source, dict)]
         alpha = next((value for value in found if value), None)
-    if alpha is None and sidecar:
-        alpha = json.loads(sidecar).get("lora_alpha")
+    if alpha is None and place.sidecar:
+        alpha = json.loads(place.sidecar).get("lora_alpha")
+    if alpha is None and place.model_config:
+        alpha = keras.alphas(place.model_config) or None
     if scan_axis is None and isinstance(custom.get("scan_layers"), bool):
         scan_axis = "some" if custom["scan_layers"] else "none"
     return {**options, "alpha": alpha, "scan_axis": scan_axis}

@@ -245,6 +245,11 @@ def build_adapter(
     return Adapter(modules=modules, extras=extras, metadata=metadata)
 
 
+def check_target(path: Path, force: bool) -> None:
+    """Raises the ValueError that `save` would raise for the folder."""
+    atomic.check_target(path, force, CONFIG)
+
+
 def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     """Writes a PEFT LoRA folder, whole or not at all.
 
@@ -257,7 +262,6 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         ValueError: If the folder may not be written, or the adapter cannot be expressed.
         OSError: If the disk fails or is full.
     """
-    atomic.check_target(path, force, CONFIG)
     record = json.loads(adapter.metadata.provenance)
     config = export_config(adapter)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}

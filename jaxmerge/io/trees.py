@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ _EACH = ("*batch in rank", "*batch rank out")
 
 # "some": there is a scan, at whatever axis the shapes leave open.
 ScanAxis = int | Literal["none", "some"] | None
-# "rank": each module's alpha is its rank, as in what jaxmerge writes.
-Alpha = float | Literal["rank"] | None
+# "rank": each module's alpha is its rank, as in what jaxmerge writes. A mapping gives them by the ends of the
+# modules' paths.
+Alpha = float | Literal["rank"] | Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -211,18 +212,31 @@ def from_state(
                 layouts[path] = found
     if problems:
         raise ValueError("\n".join(problems))
-    scaled = any(rule.scale == "alpha" for rule in rules.values())
-    if scaled and alpha is None:
+    scaled = [path for path in factors if rules[path].scale == "alpha"]
+    if scaled and (
+        alpha is None or (isinstance(alpha, Mapping) and any(longest_tail(p, alpha) is None for p in scaled))
+    ):
         raise MissingAlphaError(f"format {name} does not store alpha, and its scale is alpha / rank: give alpha")
     modules = {}
     for path, pair in factors.items():
         lora = _lora(pair["a"], pair["b"], layouts[path])
-        scale = 1.0 if alpha in (None, "rank") or rules[path].scale == "one" else alpha / lora.rank
-        modules[path] = LoRA(lora.a, lora.b, scale)
+        modules[path] = LoRA(lora.a, lora.b, _scale(path, lora.rank, alpha) if path in scaled else 1.0)
     metadata = Metadata(
         format=name, layouts=tuple(layouts.items()), tree=Tree(structure, tuple(roles)), provenance="{}"
     )
     return Adapter(modules=modules, extras=extras, metadata=metadata)
+
+
+def _scale(path: str, rank: int, alpha: Alpha) -> float:
+    if isinstance(alpha, Mapping):
+        return alpha[str(longest_tail(path, alpha))] / rank
+    return 1.0 if alpha is None or alpha == "rank" else float(alpha) / rank
+
+
+def longest_tail(path: str, names: Iterable[str]) -> str | None:
+    """The longest of the names that a dotted path ends with, or that end with it; None if there is none."""
+    fits = [name for name in names if f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}")]
+    return max(fits, key=len, default=None)
 
 
 def to_state(adapter: Adapter) -> Any:
