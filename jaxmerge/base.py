@@ -181,7 +181,7 @@ def has_values(leaf: Any) -> bool:
 def on_host(leaf: Any) -> bool:
     """Whether a leaf lies in the host's memory, where NumPy reads it without a copy or a compile."""
     if isinstance(leaf, jax.Array):
-        return has_values(leaf) and all(device.platform == "cpu" for device in leaf.devices())
+        return has_values(leaf) and leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
     return has_values(leaf)
 
 

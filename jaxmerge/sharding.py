@@ -1,14 +1,17 @@
-"""How a stack of modules is spread over devices: whole modules, never parts of one.
+"""How merges are spread over devices, and arrays laid out on them.
 
-Each device works on its own modules with the same program that a single device would run, so a merge has the
-same bits on any mesh and no device waits for another.
+A stack of modules is spread by whole modules, never parts of one: each device works on its own with the same program
+that a single device would run, so a merge has the same bits on any mesh and no device waits for another. Arrays that
+come in sharded are gathered on the devices they lie on, and the result is laid out as they were.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def over_modules(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -30,3 +33,48 @@ def over_modules(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..
 def device_count(mesh: Mesh | None) -> int:
     """The number of devices modules are spread over."""
     return 1 if mesh is None else mesh.size
+
+
+def placement(array: Any) -> NamedSharding | None:
+    """How an array is spread over a mesh; None if it is not, or if that is the compiler's affair."""
+    if not isinstance(array, jax.Array):
+        return None
+    sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else array.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or sharding.mesh.size == 1:
+        return None
+    if isinstance(array, Tracer) and all(axes is None for axes in sharding.spec):
+        return None
+    return sharding
+
+
+def gathered(array: Any, mesh: Any) -> Any:
+    """An array in full on every device of a mesh; never by way of the host."""
+    return _put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def laid_out(array: Any, sharding: NamedSharding | None) -> Any:
+    """An array spread over a mesh as another one was, but for axes whose size does not divide.
+
+    Args:
+        array: With as many axes as the other.
+        sharding: The `placement` of the other.
+
+    Returns:
+        The array.
+    """
+    if sharding is None:
+        return array
+    sizes = sharding.mesh.shape
+    spec = [
+        axes if axes is not None and size % math.prod(sizes[name] for name in _names(axes)) == 0 else None
+        for axes, size in zip(sharding.spec, array.shape, strict=False)
+    ]
+    return _put(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+    return jax.reshard(array, sharding) if isinstance(array, Tracer) else jax.device_put(array, sharding)

@@ -16,7 +16,7 @@ SOURCE = Path(jm.__file__).parent
 # A module may import from lower floors, and from its own package.
 FLOORS = {
     "base": 0, "catalog": 0, "version": 0,
-    "sparsify": 1, "consensus": 2, "lowrank": 1, "sharding": 1, "lapack": 1, "extras": 2, "io": 1, "metrics": 2,
+    "sparsify": 1, "consensus": 2, "lowrank": 1, "sharding": 1, "lapack": 1, "extras": 2, "io": 2, "metrics": 2,
     "methods": 3, "spaces": 3,
     "merging": 4,
     "cli": 6, "__main__": 7,

@@ -46,7 +46,7 @@ def load(
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each
             problem, with the file and the module.
     """
-    return _read(Path(path), "load", alpha=alpha, scan_axis=scan_axis, item=item, layout=layout, pattern=pattern)
+    return _read(_path(path), "load", alpha=alpha, scan_axis=scan_axis, item=item, layout=layout, pattern=pattern)
 
 
 def peek(path: str | Path, **options: Any) -> Adapter:
@@ -62,10 +62,15 @@ def peek(path: str | Path, **options: Any) -> Adapter:
     Raises:
         ValueError: As `load` does.
     """
-    return _read(Path(path), "peek", **options)
+    return _read(_path(path), "peek", **options)
 
 
 def _read(path: Path, how: str, **options: Any) -> Adapter:
+    if orbax.is_remote(path):
+        try:
+            return getattr(orbax, how)(path, **options)
+        except ImportError as error:  # What reaches a kind of storage is a package of its own.
+            raise ValueError(f"{path}: {error}") from None
     if path.is_file() and path.name.endswith(keras.SUFFIX):
         return keras.load(path, **options)  # Small, and without headers to peek at.
     if is_orbax(path):
@@ -117,12 +122,21 @@ def save(
         OSError: If the disk fails or is full; nothing is left then.
     """
     conversion = Conversion(format, layout, head_dim, layers)
-    path = Path(path)
+    path = _path(path)
     check_target([adapter], path, conversion, force)
     _check_values(adapter)
     written = convert.convert(_with_energy(adapter), conversion)
     _writer(written.metadata).save(written, path, force=force)
     return written
+
+
+def _path(path: str | Path) -> Any:
+    """A path on this machine; or one that Orbax knows how to reach, such as ``gs://bucket/folder``."""
+    if "://" not in str(path):
+        return Path(path)
+    from etils import epath
+
+    return epath.Path(str(path))
 
 
 def _writer(metadata: Metadata) -> Any:

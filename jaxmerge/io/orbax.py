@@ -92,6 +92,10 @@ def check_target(path: Path, force: bool) -> None:
     Raises:
         ValueError: If something is there that may not be replaced, or the place cannot be written to.
     """
+    if is_remote(path):
+        if path.exists():
+            raise ValueError(f"{path}: already exists, and is not replaced where folders cannot be exchanged")
+        return
     if force and path.is_dir() and any(path.iterdir()) and not _is_committed(path.resolve()):
         raise ValueError(f"{path}: is not one finished checkpoint, so --force does not replace it")
     atomic.check_target(path, force, marker="_CHECKPOINT_METADATA")
@@ -124,8 +128,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
     if place.model_config:
         place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
-    path = path.resolve()
-    if not path.exists() or "://" in str(path):
+    path = _absolute(path)
+    if not path.exists():
         _write(path, place, tree, custom)
         return
     staging = path.parent / f".{path.name}.partial"
@@ -137,6 +141,15 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(staging, ignore_errors=True)
     _wait_for_all("jaxmerge.save")
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is one that Orbax reaches by another way than the file system, such as ``gs://bucket/folder``."""
+    return "://" in str(path)
+
+
+def _absolute(path: Any) -> Any:
+    return path if is_remote(path) else path.resolve()
 
 
 def is_of_one_rank(metadata: Metadata) -> bool:
@@ -185,8 +198,8 @@ def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
 
 def _find(path: Path, item: str | None) -> tuple[Path, Place, Any, list[str]]:
     """The checkpoint's folder, the place of the adapter in it, the shapes of its leaves, and what is none of it."""
-    folder = _step(path.resolve(), path)
-    below_root = folder.parent == path.resolve()
+    folder = _step(_absolute(path), path)
+    below_root = folder.parent == _absolute(path)
     if not _is_committed(folder):  # An item: its step is what Orbax reads.
         folder, item = folder.parent, folder.name
     items = _items(folder, path)

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, precision, promote
+from jaxmerge.sharding import gathered, laid_out, placement
 
 # A is [*in, r] and B [r, *out]: heads, windows of a convolution, experts that share a B are axes of one side.
 _FLAT = ("*in rank", "rank *out")
@@ -145,10 +147,12 @@ class Tree:
     Attributes:
         structure: The tree's own, with whatever containers it is made of.
         leaves: For each leaf its role, ``"a"``, ``"b"`` or ``"extra"``, and its module or its own name.
+        placements: For each leaf how it was spread over devices; empty if none was.
     """
 
     structure: Any
     leaves: tuple[tuple[str, str], ...]
+    placements: tuple[NamedSharding | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,9 @@ def from_state(
     for path, pair in factors.items():
         lora = _lora(pair["a"], pair["b"], layouts[path])
         modules[path] = LoRA(lora.a, lora.b, _scale(path, lora.rank, alpha) if path in scaled else 1.0)
-    metadata = Metadata(
-        format=name, layouts=tuple(layouts.items()), tree=Tree(structure, tuple(roles)), provenance="{}"
-    )
+    placements = tuple(placement(leaf) for leaf in leaves)
+    tree = Tree(structure, tuple(roles), placements if any(placements) else ())
+    metadata = Metadata(format=name, layouts=tuple(layouts.items()), tree=tree, provenance="{}")
     return Adapter(modules=modules, extras=extras, metadata=metadata)
 
 
@@ -257,6 +261,8 @@ def to_state(adapter: Adapter) -> Any:
         lora, layout = modules[path], layouts[path]
         with precision(lora.a.dtype, lora.b.dtype):
             leaves.append(_leaf_a(lora, layout) if role == "a" else _leaf_b(lora, layout))
+    if tree.placements:
+        leaves = [laid_out(leaf, place) for leaf, place in zip(leaves, tree.placements, strict=True)]
     return jax.tree.unflatten(tree.structure, leaves)
 
 
@@ -434,6 +440,8 @@ def _lora(a: Any, b: Any, layout: TreeLayout) -> LoRA:
     if isinstance(a, jax.ShapeDtypeStruct):
         a, b = jax.eval_shape(lambda a, b: _factors(a, b, layout), a, b)
         return LoRA(a, b)
+    # Meshes with explicit axes do not say how a reshaped array would lie on them.
+    a, b = (leaf if (place := placement(leaf)) is None else gathered(leaf, place.mesh) for leaf in (a, b))
     return LoRA(*_factors(a, b, layout))
 
 

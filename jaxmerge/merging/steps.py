@@ -18,7 +18,7 @@ from jaxmerge import lapack
 from jaxmerge.base import Adapter, Array, Energy, LoRA, on_host, precision, promote
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
-from jaxmerge.sharding import device_count
+from jaxmerge.sharding import device_count, gathered, laid_out, placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,14 @@ class Step:
         with precision(self.bucket.wide), lapack.single_threaded():
             merged = jax.block_until_ready(merge_stack(*self._arguments()))
             a, b, total, lost = map(_unstack, jax.tree.leaves(merged))
-            return {path: (LoRA(a[i], b[i]), Energy(total[i], lost[i])) for i, path in enumerate(self.paths)}
+            first = [self.plan.adapters[self.present[0]].modules[path] for path in self.paths]
+            return {
+                path: (
+                    LoRA(laid_out(a[i], placement(lora.a)), laid_out(b[i], placement(lora.b))),
+                    Energy(total[i], lost[i]),
+                )
+                for i, (path, lora) in enumerate(zip(self.paths, first, strict=True))
+            }
 
     def lower(self) -> jax.stages.Lowered:
         """The program, not yet compiled."""
@@ -109,9 +116,11 @@ class Step:
         plan, present, wide = self.plan, self.present, self.bucket.wide
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
         loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
+        placements = [placement(leaf) for row in loras for lora in row for leaf in (lora.a, lora.b)]
+        mesh = next((found.mesh for found in placements if found is not None), None)
         inputs = Inputs(
-            a=tuple(_stack([lora.a for lora in row]) for row in loras),
-            b=tuple(_stack([lora.b for lora in row]) for row in loras),
+            a=tuple(_stack([lora.a for lora in row], mesh) for row in loras),
+            b=tuple(_stack([lora.b for lora in row], mesh) for row in loras),
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
             weights=_table([[plan.weights[i]] * len(paths) for i in present], wide),
             keys=None if plan.key is None else _module_keys(plan.key, paths, present),
@@ -127,16 +136,19 @@ def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
         return jnp.asarray(np.asarray(rows, dtype).T)
 
 
-def _stack(arrays: Sequence[Any]) -> Array:
-    """Stacks on the host what lies on the host: one transfer instead of one per module."""
+def _stack(arrays: Sequence[Any], mesh: Any) -> Array:
+    """Stacks on the host what lies on the host: one transfer instead of one per module.
+
+    What is spread over a mesh is gathered on all its devices.
+    """
     if all(isinstance(array, np.ndarray) for array in arrays):
         return jnp.asarray(np.stack(arrays))
-    return jnp.stack([jnp.asarray(array) for array in arrays])
+    return jnp.stack([jnp.asarray(array) if mesh is None else gathered(array, mesh) for array in arrays])
 
 
 def _unstack(array: Array) -> list[Array]:
     """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
-    if not on_host(array):
+    if not on_host(array) or len(array.devices()) > 1:
         return list(array)
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 

@@ -1,0 +1,148 @@
+"""Trees that lie on several devices, and checkpoints that several processes read and write together.
+
+JAX settles its devices once in a process, so that these run in processes of their own.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+COMMON = """
+import jax, jax.numpy as jnp, numpy as np
+import jaxmerge as jm
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def numbers(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"q": ((16, 4), (4, 8, 4)), "o": ((8, 4, 4), (4, 16))}
+    return {
+        name: {f"w_lora_{factor}": rng.normal(size=shape).astype(np.float32) for factor, shape in zip("ab", pair)}
+        for name, pair in shapes.items()
+    }
+"""
+
+SHARDED = """
+import itertools
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+SPECS = {
+    "q": {"w_lora_a": P("x", None), "w_lora_b": P(None, "y", None)},
+    "o": {"w_lora_a": P("y", None, None), "w_lora_b": P("x", ("y",))},
+}
+WAYS = [
+    {},
+    {"rank": 3},
+    {"method": "ties", "density": 0.5, "rank": 4},
+    {"method": "dare_linear", "density": 0.5, "space": "factors", "key": jax.random.key(0)},
+]
+weights = [1.0, -0.5]
+
+for kind, way in itertools.product((AxisType.Auto, AxisType.Explicit), WAYS):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    plain = [numbers(seed) for seed in range(2)]
+    spread = [jax.tree.map(place, tree, SPECS) for tree in plain]
+    merged = lambda trees, weights: jm.to_state(
+        jm.merge([jm.from_state(tree, alpha=8.0) for tree in trees], weights, **way)
+    )
+    expected = merged(plain, weights)
+    eager = merged(spread, weights)
+    traced = jax.jit(merged)(spread, jnp.asarray(weights))
+    for (path, one), spec in zip(jax.tree.leaves_with_path(eager), jax.tree.leaves(SPECS)):
+        name, leaf = (key.key for key in path)
+        wanted = expected[name][leaf]
+        assert np.array_equal(one, wanted), (kind, way, path)
+        # Ranks of 3 are not spread over 2 devices.
+        fitted = P(*[axes if size % 2 == 0 else None for axes, size in zip(spec, one.shape)])
+        assert one.sharding.is_equivalent_to(NamedSharding(mesh, fitted), one.ndim), (kind, way, path, one.sharding)
+        if kind == AxisType.Explicit:
+            assert traced[name][leaf].sharding.is_equivalent_to(one.sharding, one.ndim), (kind, way, path)
+    for name in expected:
+        pair = lambda tree: jm.from_state({name: tree[name]}, alpha="rank").modules[name]
+        np.testing.assert_allclose(jm.delta(pair(traced)), jm.delta(pair(expected)), rtol=1e-4, atol=1e-4)
+    # Adapters whose factors are spread give an adapter whose factors are.
+    adapter = jm.Adapter({"q": jm.LoRA(place(plain[0]["q"]["w_lora_a"].T, P(None, "x")), np.ones((32, 4), np.float32))})
+    lora = jm.merge([adapter, adapter]).modules["q"]
+    assert lora.a.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2)
+print("the same everywhere")
+"""
+
+PROCESSES = """
+import sys
+import orbax.checkpoint as v0
+
+port, index, folder = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
+assert jax.device_count() == 4
+from pathlib import Path
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+folder = Path(folder)
+mesh = Mesh(np.array(jax.devices()), ("x",))
+
+
+def spread(x):
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda at: x[at])
+
+
+for seed in range(2):
+    with v0.CheckpointManager(folder / str(seed)) as manager:
+        items = {"model_params": v0.args.StandardSave(jax.tree.map(spread, numbers(seed)))}
+        manager.save(5, args=v0.args.Composite(**items))
+adapters = [jm.load(folder / str(seed), alpha=8.0) for seed in range(2)]
+merged = jm.merge(adapters, [1.0, -0.5])
+jm.save(merged, folder / "out")
+jm.save(merged, folder / "out", force=True)
+jm.save(merged, folder / "peft", format="peft", layout=str(folder / "table.json"))
+again = jm.load(folder / "out")
+expected = jm.merge([jm.from_state(numbers(seed), alpha=8.0) for seed in range(2)], [1.0, -0.5])
+for path, lora in expected.modules.items():
+    np.testing.assert_array_equal(jm.delta(again.modules[path]), jm.delta(lora))
+    np.testing.assert_array_equal(jm.delta(jm.load(folder / "peft").modules[f"model.{path}"]), jm.delta(lora))
+print("written together")
+"""
+
+
+def run(program, *arguments, devices):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-c", COMMON + textwrap.dedent(program), *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finished(process, words):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert words in output
+
+
+def test_trees_on_eight_devices_stay_where_they_are():
+    finished(run(SHARDED, devices=8), "the same everywhere")
+
+
+def test_two_processes_load_and_save_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "table.json").write_text('[{"peft": "model.q", "tree": "q"}, {"peft": "model.o", "tree": "o"}]')
+    pair = [run(PROCESSES, port, str(index), str(tmp_path), devices=2) for index in range(2)]
+    for process in pair:
+        finished(process, "written together")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0", "1", "out", "peft", "table.json"]
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/adapter", "s3://bucket/adapter"])
+def test_remote_paths_go_to_orbax_as_they_are(name, monkeypatch):
+    import jaxmerge as jm
+    from jaxmerge.io import orbax
+
+    seen = []
+    monkeypatch.setattr(orbax, "_find", lambda path, item: seen.append(path) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        jm.load(name, alpha=1.0)
+    assert [str(path) for path in seen] == [name]
