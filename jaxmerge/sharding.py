@@ -72,6 +72,19 @@ def laid_out(array: Any, sharding: NamedSharding | None) -> Any:
     return _put(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
+def first_process() -> bool:
+    """Whether this process does what only one of several should."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes are here, if there are several."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def _names(axes: Any) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 

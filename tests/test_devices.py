@@ -116,7 +116,10 @@ def run(program, *arguments, devices):
 
 
 def finished(process, words):
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 0, output[-3000:]
     assert words in output
 
@@ -131,8 +134,12 @@ def test_two_processes_load_and_save_together(tmp_path):
         port = str(free.getsockname()[1])
     (tmp_path / "table.json").write_text('[{"peft": "model.q", "tree": "q"}, {"peft": "model.o", "tree": "o"}]')
     pair = [run(PROCESSES, port, str(index), str(tmp_path), devices=2) for index in range(2)]
-    for process in pair:
-        finished(process, "written together")
+    try:
+        for process in pair:
+            finished(process, "written together")
+    finally:
+        for process in pair:
+            process.kill()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0", "1", "out", "peft", "table.json"]
 
 

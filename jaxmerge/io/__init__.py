@@ -13,6 +13,7 @@ from jaxmerge.io import convert, keras, orbax, peft, trees
 from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_config import combine_configs, export_config
 from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.sharding import first_process, wait_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def save(
     layers: int | None = None,
     force: bool = False,
 ) -> Adapter:
-    """Writes an adapter, whole or not at all.
+    """Writes an adapter, whole or not at all. Where there are several processes, all of them call it.
 
     Args:
         adapter: Of concrete arrays.
@@ -122,11 +123,18 @@ def save(
         OSError: If the disk fails or is full; nothing is left then.
     """
     conversion = Conversion(format, layout, head_dim, layers)
-    path = _path(path)
-    check_target([adapter], path, conversion, force)
+    target = _path(path)
+    check_target([adapter], target, conversion, force)
     _check_values(adapter)
     written = convert.convert(_with_energy(adapter), conversion)
-    _writer(written.metadata).save(written, path, force=force)
+    writer = _writer(written.metadata)
+    replaces = target.exists()
+    wait_for_all("jaxmerge.save: nothing written yet")  # Or a process would find what another has begun.
+    if writer is orbax:
+        orbax.save(written, target, replaces=replaces)
+    elif first_process():
+        writer.save(written, target, force=force)
+    wait_for_all("jaxmerge.save: all written")
     return written
 
 

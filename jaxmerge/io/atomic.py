@@ -21,13 +21,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def check_target(path: Path, force: bool, marker: str) -> None:
+def check_target(path: Path, force: bool, marker: str | None) -> None:
     """Refuses a target that may not be written.
 
     Args:
         path: The folder to be.
         force: Whether a folder that holds the marker may be replaced.
-        marker: The file by which a folder of the right kind is known.
+        marker: The file by which a folder of the right kind is known; None if that is known already.
 
     Raises:
         ValueError: If something is there that may not be replaced, or the place cannot be written to.
@@ -39,7 +39,7 @@ def check_target(path: Path, force: bool, marker: str) -> None:
             raise ValueError(f"{path}: already exists (--force replaces an adapter)")
         if not path.is_dir():
             raise ValueError(f"{path}: is a file, not an adapter folder; it is left alone")
-        if not (path / marker).is_file() and any(path.iterdir()):
+        if marker is not None and not (path / marker).is_file() and any(path.iterdir()):
             raise ValueError(f"{path}: is not an adapter (no {marker} in it), so --force does not replace it")
     place = _existing_ancestor(path.parent if not path.exists() else path)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

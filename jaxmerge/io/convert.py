@@ -176,7 +176,7 @@ def _settle(adapter: Adapter, conversion: Conversion) -> tuple[list[Piece] | Non
             )
         into = _put_together(features, table, fixed, conversion, problems)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return out_of, into
 
 
@@ -259,7 +259,7 @@ def _put_together(
     stacks = [row for row, _ in chosen if (number := layer_number(row.peft)) and number[0] in row.unrolled]
     if stacks or callable(table):
         problems += _layer_problems(features, layers, conversion)
-    counts = _counts(chosen, layers)
+    counts = _counts(chosen, rows, layers)
     pieces = []
     for (row, module), sources in chosen.items():
         sizes: dict[str, int] = {**fixed, **counts, **{name: len(c) for name, c in placeholders(row.peft).items() if c}}
@@ -309,14 +309,20 @@ def _layer_problems(paths: Iterable[str], layers: int, conversion: Conversion) -
     return []
 
 
-def _counts(chosen: Mapping[tuple[Row, str], Mapping[tuple[int, ...], str]], layers: int) -> dict[str, int]:
+def _counts(
+    chosen: Mapping[tuple[Row, str], Mapping[tuple[int, ...], str]], rows: Sequence[Row], layers: int
+) -> dict[str, int]:
     """The sizes of axes that are numbers in PEFT's paths: of layers those of the model, else as many as there are."""
     counts: dict[str, int] = {}
     for (row, _), sources in chosen.items():
         for i, name in enumerate(row.unrolled):
             found = 1 + max(index[i] for index in sources)
             if (place := layer_number(row.peft)) is not None and place[0] == name:
-                found = -(-(layers - place[2]) // place[1])
+                _, factor, offset = place
+                others = dict.fromkeys(placeholders(row.peft), 0)
+                paths = [fill(row.peft, others | {name: n}) for n in range(-(-(layers - offset) // factor))]
+                # Layers that a row before this one takes are no entries of its axis.
+                found = sum(next(r for r in rows if match(r.peft, path) is not None) == row for path in paths)
             counts[name] = max(counts.get(name, 0), found)
     return counts
 
@@ -332,7 +338,7 @@ def _uncut(path: str, size: int, names: Sequence[str], fixed: Mapping[str, int])
     if "head_dim" not in names:
         return f"module {path}: its {size} features cannot be {' × '.join(names)}"
     if "head_dim" not in fixed:
-        return f"module {path}: its {size} features are cut into heads: give head_dim, the size of one"
+        return "the format keeps attention heads apart, or their rows in another order: give head_dim, the size of one"
     return f"module {path}: its {size} features are no whole number of heads of {fixed['head_dim']}"
 
 
@@ -365,6 +371,8 @@ def _to_peft(adapter: Adapter, pieces: Sequence[Piece]) -> Adapter:
                 shared = name not in part.a_axes or name not in part.b_axes
                 part = part.at(name, i)
                 part = part.without_idle() if shared else part
+            if not part.b.any() and whole.b.any() and row.unrolled:  # PEFT need not adapt what nothing is added to.
+                continue
             part = _cut(part, row.inputs.split(), row.outputs.split())
             part = part.ordered((RANK, *row.inputs.split()), (*row.outputs.split(), RANK))
             b = _heads_to_peft(part.b, row, sizes.get("head_dim", 0))

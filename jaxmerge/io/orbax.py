@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.base import Adapter, Metadata
+from jaxmerge.base import Adapter, Metadata, on_host
 from jaxmerge.io import atomic, keras, trees
+from jaxmerge.sharding import first_process
 
 # Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
 _NOT_ADAPTERS = (
@@ -96,12 +97,23 @@ def check_target(path: Path, force: bool) -> None:
         if path.exists():
             raise ValueError(f"{path}: already exists, and is not replaced where folders cannot be exchanged")
         return
-    if force and path.is_dir() and any(path.iterdir()) and not _is_committed(path.resolve()):
-        raise ValueError(f"{path}: is not one finished checkpoint, so --force does not replace it")
-    atomic.check_target(path, force, marker="_CHECKPOINT_METADATA")
+    if force and path.is_dir() and any(path.iterdir()) and not _is_replaceable(path.resolve()):
+        raise ValueError(
+            f"{path}: is neither one finished checkpoint nor what jaxmerge wrote, so --force does not replace it"
+        )
+    atomic.check_target(path, force, marker=None)
 
 
-def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, or one that jaxmerge wrote and its root."""
+    if _is_committed(folder):
+        return True
+    steps = _steps(folder)
+    others = {entry.name for entry in folder.iterdir()} - {step.name for step in steps} - {_SIDECAR}
+    return len(steps) == 1 and not others and "jaxmerge" in _custom_metadata(steps[0], None)
+
+
+def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     """Writes a checkpoint in the layout of the one the adapter was read from: its steps, items and names.
 
     Orbax commits it, so that a crash leaves nothing that looks finished. The provenance goes into its custom metadata,
@@ -110,7 +122,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     Args:
         adapter: Read from a checkpoint, merged from such, or converted to its format.
         path: What the source's path was: a root, a step, or a checkpoint.
-        force: Replace a checkpoint.
+        replaces: Whether there is a checkpoint there that is to be replaced.
 
     Raises:
         ValueError: If no adapter's tree has a place for a module.
@@ -118,7 +130,8 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     place: Place = adapter.metadata.place
     if is_of_one_rank(adapter.metadata):
         adapter = trees.padded(adapter)
-    tree = jax.tree.map(np.asarray, trees.to_state(adapter))
+    # What lies on the devices of several processes is written by all of them.
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf) if on_host(leaf) else leaf, trees.to_state(adapter))
     custom = _with_rank(json.loads(adapter.metadata.config), adapter)
     # The scale is in B, so that alpha is the rank wherever there is one.
     custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), "alpha": "rank"}
@@ -129,18 +142,17 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     if place.model_config:
         place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
     path = _absolute(path)
-    if not path.exists():
+    if not replaces:
         _write(path, place, tree, custom)
         return
     staging = path.parent / f".{path.name}.partial"
     try:
         _write(staging, place, tree, custom)
-        if jax.process_index() == 0:
-            atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=force)
+        if first_process():
+            atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=True)
     finally:
-        if jax.process_index() == 0:
+        if first_process():
             shutil.rmtree(staging, ignore_errors=True)
-    _wait_for_all("jaxmerge.save")
 
 
 def is_remote(path: Any) -> bool:
@@ -163,18 +175,11 @@ def _is_maxtext(custom: Mapping[str, Any]) -> bool:
     return isinstance(stored, dict) and "lora_alpha" in stored
 
 
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
     import orbax.checkpoint as v0
     from orbax.checkpoint import v1
 
-    if place.sidecar and jax.process_index() == 0:
+    if place.sidecar and first_process():
         path.mkdir(parents=True)
         (path / _SIDECAR).write_text(place.sidecar)
     if place.model_config and place.step is not None:
