@@ -179,4 +179,7 @@ COMBINATION_TYPES: Mapping[str, CombinationType] = {
 }
 
 # What adapters can be written as, whatever they came as.
-FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi")
+FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")
+
+# How the factors in a Flax tree are called.
+TREES = ("nnx", "qwix", "gemma", "openpi", "maxtext-legacy", "keras")

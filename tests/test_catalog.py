@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
+from jaxmerge import catalog
+from jaxmerge.io.convert import TARGETS
+from jaxmerge.io.trees import TREE_FORMATS
+from jaxmerge.layouts import LAYOUTS
 from jaxmerge.spaces import Space
 
 SOURCE = Path(jm.__file__).parent
 
 # A module may import from lower floors, and from its own package.
 FLOORS = {
-    "base": 0, "catalog": 0, "version": 0,
+    "base": 0, "catalog": 0, "layouts": 0, "version": 0,
     "sparsify": 1, "consensus": 2, "lowrank": 1, "sharding": 1, "lapack": 1, "extras": 2, "io": 2, "metrics": 2,
     "methods": 3, "spaces": 3,
     "merging": 4,
@@ -119,3 +123,9 @@ def test_torch_is_imported_in_one_place():
     }
     # io/peft.py only asks whether torch is there; io/__init__.py only names its types.
     assert importing == {"io/torch.py", "io/peft.py", "io/__init__.py"}
+
+
+def test_the_lists_of_formats_are_those_of_the_tables():
+    assert tuple(TREE_FORMATS) == catalog.TREES
+    assert ("peft", *TARGETS) == catalog.FORMATS
+    assert {form for tables in LAYOUTS.values() for form in tables} <= set(TARGETS)

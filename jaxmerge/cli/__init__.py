@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SPACES
-from jaxmerge.io.layouts import LAYOUTS
+from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SPACES, TREES
+from jaxmerge.layouts import LAYOUTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +155,7 @@ def _add_format(group: argparse._ArgumentGroup, required: bool) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    reading = parser.add_argument_group("how Orbax checkpoints are read")
+    reading = parser.add_argument_group("how Flax checkpoints are read")
     reading.add_argument(
         "--alpha",
         nargs="+",
@@ -167,6 +167,19 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--scan-axis", type=_scan_axis, metavar="N|none", help="where the layers of a scan lie in the factors"
     )
     reading.add_argument("--item", help="which item of a step that has several")
+    naming = reading.add_mutually_exclusive_group()
+    naming.add_argument(
+        "--tree",
+        choices=TREES,
+        metavar="T",
+        help=f"how factors are called, where it could be several: {', '.join(TREES)}",
+    )
+    naming.add_argument(
+        "--pattern",
+        nargs=2,
+        metavar=("A", "B"),
+        help="regular expressions of the paths of all A and of all B, with a group (?P<module>...), for any other tree",
+    )
 
 
 def _alpha(text: str) -> float | str:

@@ -70,7 +70,14 @@ def reading(options: argparse.Namespace, index: int) -> dict[str, Any]:
     if alphas is not None and len(alphas) not in (1, n):
         raise ValueError(f"{len(alphas)} alphas for {n} adapters: give one for all, or one per adapter")
     alpha = None if alphas is None else alphas[index if len(alphas) > 1 else 0]
-    return {"alpha": alpha, "scan_axis": options.scan_axis, "item": options.item}
+    pattern = None if options.pattern is None else tuple(options.pattern)
+    return {
+        "alpha": alpha,
+        "scan_axis": options.scan_axis,
+        "item": options.item,
+        "layout": options.tree,
+        "pattern": pattern,
+    }
 
 
 def conversion(options: argparse.Namespace) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _describe_orbax(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     described = {
         "path": str(path),
         "format": adapter.metadata.format,
-        "base_model": None,
+        "base_model": adapter.metadata.base_model,
         "parameters": int(sum(leaf.size for lora in adapter.modules.values() for leaf in (lora.a, lora.b))),
         **_described(adapter, problems),
     }
@@ -120,8 +120,10 @@ def _modules(adapter: Adapter, broken: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(description: dict[str, Any]) -> None:
-    out.print(f"[bold]{escape(description['path'])}[/bold]  {description['parameters']:,} parameters")
-    out.print(f"base model: {escape(str(description['base_model']))}")
+    title = f"{description['format']}, {description['parameters']:,} parameters"
+    out.print(f"[bold]{escape(description['path'])}[/bold]  {title}")
+    if description["base_model"]:
+        out.print(f"base model: {escape(str(description['base_model']))}")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for path, module in description["modules"].items():
         shape = f"{module['out']}×{module['in']}"

@@ -28,8 +28,8 @@ from jaxmerge.cli.console import (
     table,
 )
 from jaxmerge.io import peft
-from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.layouts import Conversion
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
 
@@ -201,15 +201,17 @@ def summarise(
             name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
         },
     }
-    return summary | {"remarks": _remarks(adapters, merged, kept) + _format_remarks(adapters, merged, written)}
+    return summary | {"remarks": _remarks(adapters, merged, kept) + _format_remarks(options, adapters, merged, written)}
 
 
-def _format_remarks(adapters: list[Adapter], merged: Adapter, written: Adapter) -> list[str]:
+def _format_remarks(
+    options: argparse.Namespace, adapters: list[Adapter], merged: Adapter, written: Adapter
+) -> list[str]:
     """What the user should know of how the result lies in its files."""
     remarks = []
     if (written.metadata.format, written.metadata.place) != (merged.metadata.format, merged.metadata.place):
         ranks = span({lora.rank for lora in written.modules.values()})
-        remarks.append(f"written as {written.metadata.format}: {len(written.modules)} modules of rank {ranks}")
+        remarks.append(f"written as {options.format}: {len(written.modules)} modules of rank {ranks}")
     if rank := io.rank_on_disk(written):
         remarks.append(f"filled up with zeros to rank {rank}, the one rank that the format has")
     left_out = [name for adapter in adapters for name in json.loads(adapter.metadata.provenance).get("left_out", [])]

@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
 from jaxmerge.io import convert, keras, orbax, peft, trees
-from jaxmerge.io.layouts import Conversion
 from jaxmerge.io.peft_config import combine_configs, export_config
 from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.layouts import Conversion
 from jaxmerge.sharding import first_process, wait_for_all
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def save(
             the format and layout the adapter came in. Formats that hold no alpha get the scale folded into B, so that
             alpha equal to the rank restores it.
         layout: To write another format than the adapter came in: the model's name in `LAYOUTS`, or a JSON file with
-            a table of your own (see `jaxmerge.io.layouts.Row`).
+            a table of your own (see `jaxmerge.layouts.Row`).
         head_dim: The size of one attention head, where the format keeps heads apart.
         layers: How many layers the model has, where the format stacks them and the adapter has not all of them.
         force: Replace a folder that is an adapter itself. Files in a PEFT folder that are neither PEFT's nor

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from jaxmerge.base import Adapter, LoRA, Metadata, promote
-from jaxmerge.io.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, tables
 from jaxmerge.io.orbax import Place
 from jaxmerge.io.peft_keys import Layout, natural_order
 from jaxmerge.io.regroup import RANK, Factors, missing_size, stacked
 from jaxmerge.io.trees import TREE_FORMATS, Rule, Tree, TreeLayout, layout_of
+from jaxmerge.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, tables
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ TARGETS: Mapping[str, Target] = {
     "nnx": Target("nnx", Place(None, "state", True)),
     "gemma": Target("gemma", Place(None, None, False), value=False),
     "openpi": Target("openpi", Place(0, "params", False), wrappers=("params",)),
+    "keras": Target("keras", Place(0, "pytree", False), wrappers=("trainable_variables",), value=False),
 }
 
 
@@ -87,15 +88,15 @@ def wanted(metadata: Metadata, conversion: Conversion) -> bool:
         raise ValueError(f"unknown format {format!r}: there are peft, {', '.join(TARGETS)}")
     if conversion.layout is not None:
         if format is None:
-            raise ValueError(f"layout {conversion.layout} is for a conversion: give format= too")
+            raise ValueError(f"layout {conversion.layout} is for a conversion: give a format too")
         return format != "peft" or metadata.format != "peft"
     if given := [name for name in ("head_dim", "layers") if getattr(conversion, name) is not None]:
-        raise ValueError(f"{given[0]} is for a conversion: give layout= too")
+        raise ValueError(f"{given[0]} is for a conversion: give a layout too")
     if format in (None, metadata.format):
         return False
     if metadata.format != "peft" and metadata.place is not None and _is_same(metadata, TARGETS.get(format)):
         return False
-    raise ValueError(f"from {metadata.format} to {format}: give layout=, which says what modules are called there")
+    raise ValueError(f"from {metadata.format} to {format}: give a layout, which says what modules are called there")
 
 
 def _is_same(metadata: Metadata, target: Target | None) -> bool:
@@ -190,8 +191,13 @@ def _table_of(adapter: Adapter, known: Mapping[str, Table], problems: list[str])
     ]
     if [] in strangers:
         return tried[strangers.index([])]
-    problems += [f"module {path} is not in the layout's table" for path in min(strangers, key=len)]
+    problems.append(f"{_several(min(strangers, key=len))} not in the layout's table")
     return ()
+
+
+def _several(paths: Sequence[str]) -> str:
+    """The first of some modules and the number of the others, with the verb."""
+    return f"module {paths[0]} is" if len(paths) == 1 else f"module {paths[0]} and {len(paths) - 1} more are"
 
 
 def _taken_apart(adapter: Adapter, rows: Sequence[Row], fixed: Mapping[str, int], problems: list[str]) -> list[Piece]:
@@ -240,9 +246,8 @@ def _put_together(
     found = {
         path: [(row, values) for row in rows if (values := match(row.peft, path)) is not None] for path in features
     }
-    problems += [
-        f"module {path} has no place in format {conversion.format}" for path, fits in found.items() if not fits
-    ]
+    if strangers := [path for path, fits in found.items() if not fits]:
+        problems.append(f"{_several(strangers)} not in the layout's table, and would have no place in the result")
     groups: dict[tuple[Row, str], dict[tuple[int, ...], str]] = {}
     for path, fits in found.items():
         for row, values in fits:

@@ -134,7 +134,8 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     tree = jax.tree.map(lambda leaf: np.asarray(leaf) if on_host(leaf) else leaf, trees.to_state(adapter))
     custom = _with_rank(json.loads(adapter.metadata.config), adapter)
     # The scale is in B, so that alpha is the rank wherever there is one.
-    custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), "alpha": "rank"}
+    kept = {"alpha": "rank", "base_model": adapter.metadata.base_model, "format": adapter.metadata.format}
+    custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), **kept}
     if place.sidecar:
         rank = max(lora.rank for lora in adapter.modules.values())
         sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
@@ -246,6 +247,7 @@ def _adapter(
     metadata = dataclasses.replace(
         adapter.metadata,
         name=str(path),
+        base_model=(custom.get("jaxmerge") or {}).get("base_model"),
         place=place,
         config=json.dumps({key: value for key, value in custom.items() if key != "jaxmerge"}),
         provenance=json.dumps(provenance),
@@ -264,9 +266,12 @@ def _completed(options: Mapping[str, Any], custom: Mapping[str, Any], place: Pla
         alpha = json.loads(place.sidecar).get("lora_alpha")
     if alpha is None and place.model_config:
         alpha = keras.alphas(place.model_config) or None
+    layout = options.get("layout")
+    if layout is None and options.get("pattern") is None and (ours := custom.get("jaxmerge")):
+        layout = ours.get("format") if ours.get("format") in trees.TREE_FORMATS else None
     if scan_axis is None and isinstance(custom.get("scan_layers"), bool):
         scan_axis = "some" if custom["scan_layers"] else "none"
-    return {**options, "alpha": alpha, "scan_axis": scan_axis}
+    return {**options, "alpha": alpha, "scan_axis": scan_axis, "layout": layout}
 
 
 def _with_rank(custom: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -286,7 +291,7 @@ def _custom_metadata(folder: Path, item: str | None) -> dict[str, Any]:
         except (OSError, ValueError):
             continue
         custom |= found if isinstance(found, dict) else {}
-    return custom
+    return {name: value for name, value in custom.items() if name != "jaxmerge" or isinstance(value, dict)}
 
 
 def _is_committed(folder: Path) -> bool:

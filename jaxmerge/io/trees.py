@@ -131,7 +131,7 @@ TREE_FORMATS: Mapping[str, TreeFormat] = {
         one_rank=True,
     ),
     "keras": TreeFormat(
-        (Rule("{module}/lora_kernel_{factor}"), Rule("{module}/lora_embeddings_{factor}")),
+        (Rule("{module}/lora_{parameter:kernel|embeddings}_{factor}"),),
     ),
 }  # fmt: skip
 
