@@ -180,7 +180,7 @@ def test_what_cannot_be_converted_is_told_before_any_work(tmp_path, capsys):
     assert "give layers" in convert(some, *scanned)
     assert "there is a layer 2" in convert(some, *scanned, "--layers", 2)
     strange = peft_folder(tmp_path / "strange", {"model.layers.0.experts.0": (4, 4), "model.layers.0.router": (4, 4)})
-    assert "module model.layers.0.experts.0 and 1 more are not in the layout's table" in convert(
+    assert "modules model.layers.0.experts.0, model.layers.0.router are not in the layout's table" in convert(
         strange, *tunix, "--layout", "llama3"
     )
     assert "no table for gemma" in convert(some, "--format", "gemma", "--layout", "llama3")

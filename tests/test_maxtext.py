@@ -234,14 +234,14 @@ def test_gemma3_has_blocks_of_six_and_a_remainder(tmp_path, layers, blocks, rema
 
 def test_modules_without_a_place_are_named(tmp_path):
     strangers = {"model.layers.0.self_attn.rotary_proj": (8, 8), "model.embed_tokens": (16, 8)}
-    with pytest.raises(ValueError, match="has no place") as caught:
+    with pytest.raises(ValueError, match="would have no place") as caught:
         jm.save(peft_adapter(of_layers(0) | strangers), tmp_path / "out", format="maxtext", layout="llama3", head_dim=6)
     for path in strangers:
-        assert f"module {path} has no place in format maxtext" in str(caught.value)
+        assert path in str(caught.value)
     assert "q_proj" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_another_models_table_does_not_know_the_modules(tmp_path):
-    with pytest.raises(ValueError, match=r"module decoder\.layers\.self_attention\.query is not in the layout's table"):
+    with pytest.raises(ValueError, match=r"decoder\.layers\.mlp\.wi_0, .* and 3 more are not in the"):
         jm.save(jm.load(MODELS[0].path / "a"), tmp_path / "out", format="peft", layout="gemma2", head_dim=6)

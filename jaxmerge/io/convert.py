@@ -196,8 +196,11 @@ def _table_of(adapter: Adapter, known: Mapping[str, Table], problems: list[str])
 
 
 def _several(paths: Sequence[str]) -> str:
-    """The first of some modules and the number of the others, with the verb."""
-    return f"module {paths[0]} is" if len(paths) == 1 else f"module {paths[0]} and {len(paths) - 1} more are"
+    """Some modules and the number of the others, with the verb."""
+    if len(paths) == 1:
+        return f"module {paths[0]} is"
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return f"modules {', '.join(paths[:4])}{more} are"
 
 
 def _taken_apart(adapter: Adapter, rows: Sequence[Row], fixed: Mapping[str, int], problems: list[str]) -> list[Piece]:

@@ -438,7 +438,8 @@ def _spelt(axes: str, ndim: int) -> tuple[str, ...] | None:
 
 def _lora(a: Any, b: Any, layout: TreeLayout) -> LoRA:
     if isinstance(a, jax.ShapeDtypeStruct):
-        a, b = jax.eval_shape(lambda a, b: _factors(a, b, layout), a, b)
+        with precision(a.dtype, b.dtype):
+            a, b = jax.eval_shape(lambda a, b: _factors(a, b, layout), a, b)
         return LoRA(a, b)
     # Meshes with explicit axes do not say how a reshaped array would lie on them.
     a, b = (leaf if (place := placement(leaf)) is None else gathered(leaf, place.mesh) for leaf in (a, b))
