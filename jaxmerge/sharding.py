@@ -6,7 +6,7 @@ come in sharded are gathered on the devices they lie on, and the result is laid 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -62,14 +62,27 @@ def laid_out(array: Any, sharding: NamedSharding | None) -> Any:
     Returns:
         The array.
     """
-    if sharding is None:
-        return array
-    sizes = sharding.mesh.shape
-    spec = [
-        axes if axes is not None and size % math.prod(sizes[name] for name in _names(axes)) == 0 else None
-        for axes, size in zip(sharding.spec, array.shape, strict=False)
+    return array if sharding is None else _put(array, fitting(sharding.mesh, sharding.spec, array.shape))
+
+
+def fitting(mesh: Any, spec: Iterable[Any], shape: Sequence[int]) -> NamedSharding:
+    """How an array of a shape lies on a mesh, by a specification meant for another.
+
+    Args:
+        mesh: The mesh.
+        spec: For each axis the mesh's axes it is spread over: a name, several, or None.
+        shape: Of the array. What does not divide is not spread; nor is what the mesh has no axis for.
+
+    Returns:
+        The sharding.
+    """
+    sizes = mesh.shape
+    named = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
+    kept = [
+        names if all(name in sizes for name in names) and size % math.prod(sizes[name] for name in names) == 0 else ()
+        for names, size in zip(named, shape, strict=False)
     ]
-    return _put(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return NamedSharding(mesh, PartitionSpec(*[names or None for names in kept]))
 
 
 def first_process() -> bool:
@@ -83,10 +96,6 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _put(array: Any, sharding: NamedSharding) -> Any:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules
+from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules, on_host
 from jaxmerge.io import convert, keras, orbax, peft, trees
 from jaxmerge.io.peft_config import combine_configs, export_config
 from jaxmerge.io.peft_keys import natural_order
@@ -27,8 +28,9 @@ def load(
     item: str | None = None,
     layout: str | None = None,
     pattern: tuple[str, str] | None = None,
+    mesh: Mesh | None = None,
 ) -> Adapter:
-    """Reads an adapter; its format is recognised.
+    """Reads an adapter; its format is recognised. Where there are several processes, all of them call it.
 
     Args:
         path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name. Or an Orbax
@@ -39,15 +41,18 @@ def load(
         item: For Orbax, which item of a step that has several.
         layout: For Orbax, as in `from_state`.
         pattern: For Orbax, as in `from_state`.
+        mesh: For Orbax, puts the arrays on its devices, spread by its axes as those were that were saved, where it
+            has axes of their names; what jaxmerge makes of them is then spread and saved likewise.
 
     Returns:
-        The adapter, its arrays on the host and in the dtype of the file.
+        The adapter, in the dtype of the file; its arrays are on the host if there is no mesh.
 
     Raises:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each
             problem, with the file and the module.
     """
-    return _read(_path(path), "load", alpha=alpha, scan_axis=scan_axis, item=item, layout=layout, pattern=pattern)
+    options = {"alpha": alpha, "scan_axis": scan_axis, "item": item, "layout": layout, "pattern": pattern, "mesh": mesh}
+    return _read(_path(path), "load", **options)
 
 
 def peek(path: str | Path, **options: Any) -> Adapter:
@@ -55,7 +60,7 @@ def peek(path: str | Path, **options: Any) -> Adapter:
 
     Args:
         path: As in `load`.
-        **options: As in `load`.
+        **options: As in `load`, but for the mesh.
 
     Returns:
         The adapter, its leaves `jax.ShapeDtypeStruct`.
@@ -167,7 +172,8 @@ def _vanished(lora: LoRA, energy: Energy | None) -> bool:
     """Whether rounding made all of a merged module 0."""
     if energy is None or not float(energy.total) > float(energy.lost):
         return False
-    return not (np.asarray(lora.a).any() and np.asarray(lora.b).any())
+    # What lies on the devices of several processes cannot be seen as a whole from one.
+    return not all((np.asarray(x) if on_host(x) else x != 0).any() for x in (lora.a, lora.b))
 
 
 def _with_energy(adapter: Adapter) -> Adapter:

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmerge.base import Adapter, Metadata, on_host
 from jaxmerge.io import atomic, keras, trees
-from jaxmerge.sharding import first_process
+from jaxmerge.sharding import first_process, fitting, gathered, placement
 
 # Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
 _NOT_ADAPTERS = (
@@ -48,23 +49,24 @@ class Place:
     model_config: str = ""
 
 
-def load(path: Path, item: str | None = None, **options: Any) -> Adapter:
+def load(path: Path, item: str | None = None, mesh: Mesh | None = None, **options: Any) -> Adapter:
     """Reads an adapter from a checkpoint.
 
     Args:
         path: A checkpoint, a step, or a manager's root, of which the latest step is taken.
         item: Of a step with several items of LoRA factors, the one to take.
+        mesh: What to put the arrays on, spread as they were saved; None for the host.
         **options: Of `jaxmerge.from_state`.
 
     Returns:
-        The adapter, its arrays on the host.
+        The adapter.
 
     Raises:
         ValueError: If it is no checkpoint, is broken, or its tree is not understood.
     """
     folder, place, shapes, left_out = _find(path, item)
     try:
-        tree = _restore(folder, place.item, shapes)
+        tree = _restore(folder, place.item, shapes, mesh)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
     return _adapter(path, folder, place, tree, {"sha256": _digest(tree), "left_out": left_out}, options)
@@ -337,15 +339,21 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _restore(folder: Path, name: str | None, shapes: Any) -> Any:
-    """The arrays on the host: the shardings they were saved with are those of another machine."""
+def _restore(folder: Path, name: str | None, shapes: Any, mesh: Mesh | None) -> Any:
+    """The arrays: on the host, since the shardings they were saved with are another machine's; or on a mesh."""
     from orbax.checkpoint import v1 as ocp
 
-    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    def target(leaf: Any) -> Any:
+        if mesh is None:
+            return np.empty(leaf.shape, leaf.dtype)
+        spec = getattr(getattr(leaf, "sharding_metadata", None), "partition_spec", None) or ()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=fitting(mesh, spec, leaf.shape))
+
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load(str(folder), target, **({} if name is None else {"checkpointable_name": name}))
+        named = {} if name is None else {"checkpointable_name": name}
+        return ocp.load(str(folder), jax.tree.map(target, shapes), **named)
 
 
 def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path) -> str | None:
@@ -366,5 +374,7 @@ def _digest(tree: Any) -> str:
     digest = hashlib.sha256()
     for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         digest.update(f"{jax.tree_util.keystr(key)} {leaf.dtype} {leaf.shape}".encode())
+        if (spread := placement(leaf)) is not None:
+            leaf = gathered(leaf, spread.mesh).addressable_data(0)
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
