@@ -132,8 +132,9 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     place: Place = adapter.metadata.place
     if is_of_one_rank(adapter.metadata):
         adapter = trees.padded(adapter)
-    # What lies on the devices of several processes is written by all of them.
-    tree = jax.tree.map(lambda leaf: np.asarray(leaf) if on_host(leaf) else leaf, trees.to_state(adapter))
+    # What lies on the devices of several processes is written by all of them; the rest needs none to be turned.
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf) if on_host(leaf) else leaf, adapter)
+    tree = trees.to_state(adapter)
     custom = _with_rank(json.loads(adapter.metadata.config), adapter)
     # The scale is in B, so that alpha is the rank wherever there is one.
     kept = {"alpha": "rank", "base_model": adapter.metadata.base_model, "format": adapter.metadata.format}

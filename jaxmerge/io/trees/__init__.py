@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, precision
@@ -155,11 +156,11 @@ def padded(adapter: Adapter) -> Adapter:
     """The adapter with all modules of its largest rank: smaller ones are filled up with zeros."""
     rank = max((lora.rank for lora in adapter.modules.values()), default=0)
 
-    def pad(x: AnyArray, axis: int) -> jax.Array:
+    def pad(x: AnyArray, axis: int) -> AnyArray:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, rank - x.shape[axis])
         with precision(x.dtype):
-            return jnp.pad(jnp.asarray(x), widths)
+            return np.pad(x, widths) if isinstance(x, np.ndarray) else jnp.pad(x, widths)
 
     modules = {
         path: lora if lora.rank == rank else dataclasses.replace(lora, a=pad(lora.a, -2), b=pad(lora.b, -1))

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxmerge.base import LoRA, precision, promote
+from jaxmerge.base import AnyArray, LoRA, on_host, precision, promote
 from jaxmerge.io.trees.formats import Rule
 from jaxmerge.sharding import gathered, placement
 
@@ -154,26 +155,25 @@ def _ordered(axes: Sequence[str], order: Sequence[str]) -> list[int]:
     return sorted(range(len(axes)), key=lambda axis: order.index(axes[axis]))
 
 
-def _unordered(x: jax.Array, axes: Sequence[str], order: Sequence[str]) -> jax.Array:
+def _unordered(x: AnyArray, axes: Sequence[str], order: Sequence[str]) -> AnyArray:
     """The inverse of a transposition by `_ordered`."""
     permutation = _ordered(axes, order)
     return x.transpose([permutation.index(axis) for axis in range(x.ndim)])
 
 
-def leaf_a(lora: LoRA, layout: TreeLayout) -> jax.Array:
+def leaf_a(lora: LoRA, layout: TreeLayout) -> AnyArray:
     """A as it lies in the tree."""
-    a = jnp.asarray(lora.a).swapaxes(-1, -2).reshape(*lora.batch, *layout.inputs, lora.rank)
+    a = lora.a.swapaxes(-1, -2).reshape(*lora.batch, *layout.inputs, lora.rank)
     return _unordered(a, layout.a, _A_ORDER)
 
 
-def leaf_b(lora: LoRA, layout: TreeLayout) -> jax.Array:
+def leaf_b(lora: LoRA, layout: TreeLayout) -> AnyArray:
     """B with the scale folded in: the formats keep none, and alpha equal to the rank restores it."""
-    b = jnp.asarray(lora.b)
-    wide = promote(b.dtype, jnp.float32)
-    scaled = (b.astype(wide) * jnp.asarray(lora.scale, wide)).astype(b.dtype)
-    b = scaled.swapaxes(-1, -2)
+    xp = np if isinstance(lora.b, np.ndarray) and on_host(lora.scale) else jnp
+    wide = promote(lora.b.dtype, jnp.float32)
+    b = (lora.b.astype(wide) * xp.asarray(lora.scale, wide)).astype(lora.b.dtype).swapaxes(-1, -2)
     if "sum" in layout.b:  # The first of the terms is the sum: exact in any dtype.
-        rest = jnp.zeros((*lora.batch, layout.summed - 1, *b.shape[-2:]), b.dtype)
-        b = jnp.concatenate([b[..., None, :, :], rest], axis=-3)
+        rest = xp.zeros((*lora.batch, layout.summed - 1, *b.shape[-2:]), b.dtype)
+        b = xp.concatenate([b[..., None, :, :], rest], axis=-3)
     sums = (layout.summed,) if "sum" in layout.b else ()
     return _unordered(b.reshape(*lora.batch, *sums, lora.rank, *layout.outputs), layout.b, _B_ORDER)
