@@ -26,7 +26,7 @@ AnyArray = jax.Array | np.ndarray
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale", "bias"), meta_fields=())
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoRA:
     """The low-rank factors of one module; the change they make to its weight is ``scale * b @ a``.
 
@@ -56,6 +56,12 @@ class LoRA:
     def batch(self) -> tuple[int, ...]:
         """The leading axes; empty for a plain layer."""
         return self.a.shape[:-2]
+
+    def __repr__(self) -> str:
+        if not hasattr(self.a, "shape"):  # JAX rebuilds pytrees with leaves of any kind.
+            return f"LoRA({self.a!r}, {self.b!r})"
+        sizes = "×".join(map(str, (*self.batch, *self.features)))
+        return f"LoRA({sizes}, rank {self.rank}, {self.a.dtype})"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("total", "lost"), meta_fields=())
@@ -113,7 +119,7 @@ class Metadata:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("modules", "extras", "energy"), meta_fields=("metadata",)
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """A LoRA adapter: a pytree of factors with static metadata.
 
@@ -129,6 +135,17 @@ class Adapter:
     extras: Mapping[str, AnyArray] = field(default_factory=dict)
     energy: Mapping[str, Energy] = field(default_factory=dict)
     metadata: Metadata = field(default_factory=Metadata)
+
+    def __repr__(self) -> str:
+        ranks = sorted({lora.rank for lora in self.modules.values() if hasattr(lora.a, "shape")})
+        parts = [
+            f"{len(self.modules)} modules",
+            f"rank {' … '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else "",
+            f"{len(self.extras)} extras" if self.extras else "",
+            self.metadata.format,
+            self.metadata.name,
+        ]
+        return f"Adapter({', '.join(part for part in parts if part)})"
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:

@@ -209,3 +209,11 @@ def test_the_dense_delta_is_never_formed():
             assert "200x300" not in program.as_text()
             assert "300x200" not in program.as_text()
     assert any("200x300" in program.as_text() for program in jm.lower(adapters, method="ties", density=0.5))
+
+
+def test_what_adapters_look_like():
+    lora = jm.LoRA(np.zeros((2, 4, 8), np.float32), np.zeros((2, 16, 4), np.float32))
+    assert repr(lora) == "LoRA(2×16×8, rank 4, float32)"
+    adapter = jm.Adapter({"q": lora}, {"head": np.zeros(3)}, metadata=jm.Metadata(name="mine"))
+    assert repr(adapter) == "Adapter(1 modules, rank 4, 1 extras, peft, mine)"
+    assert repr(jax.tree.map(lambda leaf: None, adapter)).startswith("Adapter(1 modules")
