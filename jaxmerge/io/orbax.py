@@ -139,24 +139,23 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     # The scale is in B, so that alpha is the rank wherever there is one.
     kept = {"alpha": "rank", "base_model": adapter.metadata.base_model, "format": adapter.metadata.format}
     custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), **kept}
-    if place.sidecar:
+    if place.sidecar and place.step is not None:
         rank = max(lora.rank for lora in adapter.modules.values())
         sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
         place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
     if place.model_config:
         place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
     path = _absolute(path)
-    if not replaces:
-        _write(path, place, tree, custom)
-        return
-    staging = path.parent / f".{path.name}.partial"
+    # What is not replaced Orbax itself commits in its place.
+    made = path.parent / f".{path.name}.partial" if replaces else path
     try:
-        _write(staging, place, tree, custom)
-        if first_process():
-            atomic.put_in_place(staging, path, owned=[entry.name for entry in path.iterdir()], force=True)
-    finally:
-        if first_process():
-            shutil.rmtree(staging, ignore_errors=True)
+        _write(made, place, tree, custom)
+        if replaces and first_process():
+            atomic.put_in_place(made, path, owned=[entry.name for entry in path.iterdir()], force=True)
+    except BaseException:
+        if first_process() and not is_remote(path):
+            shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def is_remote(path: Any) -> bool:
@@ -183,7 +182,7 @@ def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
     import orbax.checkpoint as v0
     from orbax.checkpoint import v1
 
-    if place.sidecar and first_process():
+    if place.sidecar and place.step is not None and first_process():
         path.mkdir(parents=True)
         (path / _SIDECAR).write_text(place.sidecar)
     if place.model_config and place.step is not None:
