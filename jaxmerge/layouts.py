@@ -30,6 +30,10 @@ class Conversion:
     layers: int | None = None
 
 
+# What the one parameter of a layer is called, so that its name says nothing: modules go by their own.
+PLAIN_PARAMETERS = ("kernel", "w", "0", "embedding", "embeddings")
+
+
 @dataclass(frozen=True)
 class Row:
     """A module of PEFT's and the parameter of a tree that is the same weight.
@@ -43,7 +47,8 @@ class Row:
     Attributes:
         peft: Module path.
         tree: Module path.
-        parameter: The adapted parameter of the tree's module, which may be the last part of its path.
+        parameter: The adapted parameter of the tree's module. Another than ``kernel``, ``w``, ``0``, ``embedding`` or
+            ``embeddings`` is the last part of the module's path, and is put there if `tree` does not end with it.
         inputs: The axes of PEFT's ``in``.
         outputs: The axes of PEFT's ``out``.
         a: The axes of the tree's A without the rank, if they are others than `inputs`.
@@ -73,6 +78,12 @@ class Row:
     def b_axes(self) -> tuple[str, ...]:
         """The axes of the tree's B without the rank."""
         return tuple((self.b or self.outputs).split())
+
+    @property
+    def module(self) -> str:
+        """The tree's module as jaxmerge calls it."""
+        named = self.parameter in PLAIN_PARAMETERS or self.tree.endswith(f".{self.parameter}")
+        return self.tree if named else f"{self.tree}.{self.parameter}"
 
     @property
     def unrolled(self) -> tuple[str, ...]:
@@ -306,11 +317,15 @@ def tables(layout: str) -> Mapping[str, Table]:
         raise ValueError(f"unknown layout {layout!r}: there are {', '.join(LAYOUTS)}, or give a JSON file of your own")
     try:
         found = json.loads(Path(layout).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{layout}: cannot be read as JSON: {error}") from None
     if not isinstance(found, list) or not found:
         raise ValueError(f"{layout}: is not a list of rows")
-    return {"": tuple(_row(layout, number, entry) for number, entry in enumerate(found, 1))}
+    rows = tuple(_row(layout, number, entry) for number, entry in enumerate(found, 1))
+    modules = [re.sub(_PLACEHOLDER, "{}", row.module) for row in rows]
+    if twice := [number for number, module in enumerate(modules, 1) if module in modules[: number - 1]]:
+        raise ValueError(f"{layout}: row {twice[0]} has the module and parameter of a row before it")
+    return {"": rows}
 
 
 def _row(path: str, number: int, entry: Any) -> Row:
@@ -323,6 +338,20 @@ def _row(path: str, number: int, entry: Any) -> Row:
         if type(value) is not kinds[name]:
             raise ValueError(f"{path}: row {number}: {name} must be of type {kinds[name].__name__}, got {value!r}")
     row = Row(**entry)
+    for name in ("peft", "tree"):
+        found = [match["name"] for match in _PLACEHOLDER.finditer(entry[name])]
+        whole = not re.search(r"[{}]", _PLACEHOLDER.sub("", entry[name]))
+        if not entry[name] or len(set(found)) < len(found) or not whole or not all(map(str.isidentifier, found)):
+            raise ValueError(f"{path}: row {number}: {name} is no path with placeholders of different names")
+        if any(match["factor"] == "0" for match in _PLACEHOLDER.finditer(entry[name])):
+            raise ValueError(f"{path}: row {number}: {name} has a factor of 0")
+    choices = placeholders(row.peft)
+    if other := [n for n, c in placeholders(row.tree).items() if n in choices and len(c) != len(choices[n])]:
+        raise ValueError(f"{path}: row {number}: {{{other[0]}}} stands for other things in tree than in peft")
+    if any(len(set(names)) < len(names) for names in choices.values()):
+        raise ValueError(f"{path}: row {number}: a placeholder names one thing twice")
+    if not re.fullmatch(r"\w+", row.parameter) or not 0 <= row.scan_axis <= 8:
+        raise ValueError(f"{path}: row {number}: parameter must be a name, and scan_axis a number from 0 to 8")
     if lost := [name for name in placeholders(row.tree) if name not in placeholders(row.peft)]:
         raise ValueError(f"{path}: row {number}: {{{lost[0]}}} is in tree and not in peft")
     axes = {*row.a_axes, *row.b_axes}

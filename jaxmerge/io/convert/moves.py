@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from jaxmerge.base import Adapter, LoRA, Metadata, promote
-from jaxmerge.io.convert.pieces import Piece, sides
+from jaxmerge.io.convert.pieces import Piece, sides, target_layout
 from jaxmerge.io.convert.regroup import RANK, Factors, stacked
 from jaxmerge.io.convert.targets import Target
 from jaxmerge.io.peft_keys import Layout, natural_order
-from jaxmerge.io.trees import TREE_FORMATS, Rule, Tree, layout_of
+from jaxmerge.io.trees import Tree, lost_in_scaling
 from jaxmerge.layouts import Row
 
 
@@ -84,7 +84,7 @@ def from_peft(adapter: Adapter, pieces: Sequence[Piece], target: Target) -> Adap
     modules, layouts, leaves = {}, [], {}
     for piece in pieces:
         row, sizes = piece.row, piece.sizes
-        parts = {index: _part(adapter.modules[path], row, sizes) for index, path in piece.sources.items()}
+        parts = {index: _part(path, adapter.modules[path], row, sizes) for index, path in piece.sources.items()}
         whole = stacked(parts, row.unrolled, [sizes[name] for name in row.unrolled])
         whole = _cut(whole, row.a_axes, row.b_axes).without_zeros()
         batch, inputs, outputs = sides(row)
@@ -92,9 +92,8 @@ def from_peft(adapter: Adapter, pieces: Sequence[Piece], target: Target) -> Adap
         shape = [sizes[name] for name in batch]
         a, b = whole.a.reshape(*shape, whole.rank, -1), whole.b.reshape(*shape, -1, whole.rank)
         modules[piece.module] = LoRA(*_within_capacity(a, b))
-        rule, module = _rule(target, piece)
-        kept = [tuple(sizes[name] for name in names) for names in (batch, inputs, outputs)]
-        layouts.append((piece.module, layout_of(rule, kept[0], kept[1], kept[2], row.scan_axis)))
+        rule, module, layout = target_layout(piece, target)  # type: ignore[misc] - `settle` has refused all others.
+        layouts.append((piece.module, layout))
         for factor in ("a", "b"):
             keys = [*target.wrappers, *rule.path(module, row.parameter, factor).split("/"), *["value"] * target.value]
             _put(leaves, keys, (factor, piece.module))
@@ -112,12 +111,15 @@ def from_peft(adapter: Adapter, pieces: Sequence[Piece], target: Target) -> Adap
     return Adapter(modules=modules, metadata=metadata)
 
 
-def _part(lora: LoRA, row: Row, sizes: Mapping[str, int]) -> Factors:
+def _part(path: str, lora: LoRA, row: Row, sizes: Mapping[str, int]) -> Factors:
     """One module of PEFT's with its scale folded into B."""
     inputs, outputs = row.inputs.split(), row.outputs.split()
     a, b = np.asarray(lora.a), np.asarray(lora.b)
     scaled = _wide(b) * np.asarray(lora.scale, _wide(b).dtype)
-    b = _heads_from_peft(scaled, row, sizes.get("head_dim", 0)).astype(b.dtype)
+    with np.errstate(over="ignore"):
+        b = _heads_from_peft(scaled, row, sizes.get("head_dim", 0)).astype(b.dtype)
+    if problem := lost_in_scaling(lora, b):
+        raise ValueError(f"module {path} {problem}")
     return Factors(
         a.reshape(lora.rank, *[sizes[name] for name in inputs]),
         (RANK, *inputs),
@@ -137,15 +139,6 @@ def _within_capacity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return (
         (one.astype(a.dtype), product.astype(b.dtype)) if in_ <= out else (product.astype(a.dtype), one.astype(b.dtype))
     )
-
-
-def _rule(target: Target, piece: Piece) -> tuple[Rule, str]:
-    """The rule by which a parameter's factors are called, and its module without the parameter."""
-    parameter = piece.row.parameter
-    module = piece.module.removesuffix(f".{parameter}")
-    rules = TREE_FORMATS[target.tree].rules
-    fits = (rule for rule in rules if rule.knows(module, parameter))
-    return next(fits, rules[0]), module
 
 
 def _put(tree: dict[str, Any], keys: Sequence[str], leaf: Any) -> None:

@@ -1,5 +1,6 @@
 """Which modules become which parameters, settled from names and shapes alone."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,7 +11,8 @@ import numpy as np
 
 from jaxmerge.base import Adapter
 from jaxmerge.io.convert.regroup import missing_size
-from jaxmerge.io.trees import TreeLayout
+from jaxmerge.io.convert.targets import TARGETS, Target
+from jaxmerge.io.trees import TREE_FORMATS, Rule, TreeLayout, layout_of
 from jaxmerge.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, tables
 
 
@@ -60,6 +62,7 @@ def settle(adapter: Adapter, conversion: Conversion) -> tuple[list[Piece] | None
         out_of = _taken_apart(adapter, _table_of(adapter, known, problems), fixed, problems)
         features = {path: shape for piece in out_of for path, shape in _features(piece).items()}
     if conversion.format != "peft" and not problems:
+        target = TARGETS[str(conversion.format)]
         table = known.get("", known.get(str(conversion.format)))
         if table is None:
             raise ValueError(
@@ -68,6 +71,7 @@ def settle(adapter: Adapter, conversion: Conversion) -> tuple[list[Piece] | None
         # PEFT's own word that some layers of the model are not adapted.
         partial = bool(json.loads(adapter.metadata.config).get("layers_to_transform"))
         into = _put_together(features, table, fixed, conversion, partial, problems)
+        problems += [found for piece in into if isinstance(found := target_layout(piece, target), str)]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return out_of, into
@@ -79,7 +83,7 @@ def _table_of(adapter: Adapter, known: Mapping[str, Table], problems: list[str])
     scanned = max((kind.batch[0] for _, kind in adapter.metadata.layouts if kind.batch), default=0)
     tried = [table(6 * scanned + 5) if callable(table) else table for table in known.values()]
     strangers = [
-        [path for path in adapter.modules if all(match(row.tree, path) is None for row in rows)] for rows in tried
+        [path for path in adapter.modules if all(match(row.module, path) is None for row in rows)] for rows in tried
     ]
     if [] in strangers:
         return tried[strangers.index([])]
@@ -98,7 +102,7 @@ def _several(paths: Sequence[str]) -> str:
 def _taken_apart(adapter: Adapter, rows: Sequence[Row], fixed: Mapping[str, int], problems: list[str]) -> list[Piece]:
     layouts, pieces = dict(adapter.metadata.layouts), []
     for path in adapter.modules if rows else ():
-        row, values = next((row, found) for row in rows if (found := match(row.tree, path)) is not None)
+        row, values = next((row, found) for row in rows if (found := match(row.module, path)) is not None)
         layout: TreeLayout = layouts[path]
         batch, inputs, outputs = sides(row)
         if len(batch) != len(layout.batch):
@@ -147,14 +151,17 @@ def _put_together(
     groups: dict[tuple[Row, str], dict[tuple[int, ...], str]] = {}
     for path, fits in found.items():
         for row, values in fits:
-            group = groups.setdefault((row, fill(row.tree, values)), {})
+            group = groups.setdefault((row, fill(row.module, values)), {})
             group[tuple(values[name] for name in row.unrolled)] = path
+    owners: dict[str, Row] = {}
     chosen: dict[tuple[Row, str], dict[tuple[int, ...], str]] = {}
     for path, fits in found.items():
-        keys = [(row, fill(row.tree, values)) for row, values in fits]
+        keys = [(row, fill(row.module, values)) for row, values in fits]
         # Of several parameters that a module may be part of, the first whose other parts are there and of its shape.
         key = next((key for key in keys if _is_whole(key[0], groups[key], features)), keys[-1] if keys else None)
-        if key is not None:
+        if key is not None and owners.setdefault(key[1], key[0]) != key[0]:
+            problems.append(f"module {path} and another would both become {key[1]}")
+        elif key is not None:
             index = next(index for index, source in groups[key].items() if source == path)
             chosen.setdefault(key, {})[index] = path
     stacks = [row for row, _ in chosen if (number := layer_number(row.peft)) and number[0] in row.unrolled]
@@ -184,6 +191,31 @@ def _put_together(
         else:
             pieces.append(Piece(row, module, sources, sizes))
     return pieces
+
+
+def target_layout(piece: Piece, target: Target) -> tuple[Rule, str, TreeLayout] | str:
+    """How a parameter lies in a format.
+
+    Args:
+        piece: The parameter.
+        target: The format.
+
+    Returns:
+        The rule by which its factors are called, its module without the parameter, and its layout; or why the format
+        has no place for it.
+    """
+    parameter, row = piece.row.parameter, piece.row
+    module = piece.module.removesuffix(f".{parameter}")
+    rule = next((rule for rule in TREE_FORMATS[target.tree].rules if rule.knows(module, parameter)), None)
+    if rule is None:
+        return f"module {piece.module}: format {target.tree} has no parameter called {parameter}"
+    batch, inputs, outputs = (tuple(piece.sizes[name] for name in names) for names in sides(row))
+    layout = layout_of(rule, batch, inputs, outputs, row.scan_axis)
+    if layout is None:
+        a, b = rule.axes[0]
+        return f"module {piece.module}: in format {target.tree} its A must have the axes {a}, and its B {b}"
+    named = "{parameter" in rule.leaf
+    return rule, module, dataclasses.replace(layout, parameter=parameter if named else "")
 
 
 def _is_whole(row: Row, group: Mapping[tuple[int, ...], str], features: Mapping[str, tuple[int, int]]) -> bool:

@@ -5,6 +5,7 @@ In memory a module's factors are ``a [*batch, r, in]`` and ``b [*batch, out, r]`
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, precision
+from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, on_host, precision
 from jaxmerge.io.trees.axes import ScanAxis, TreeLayout, find_layout, layout_of, leaf_a, leaf_b, to_lora
 from jaxmerge.io.trees.formats import TREE_FORMATS, PatternRule, Rule, TreeFormat
+from jaxmerge.layouts import PLAIN_PARAMETERS
 from jaxmerge.sharding import laid_out, placement
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "from_state",
     "layout_of",
     "longest_tail",
+    "lost_in_scaling",
     "padded",
     "path_of",
     "to_state",
@@ -75,11 +78,13 @@ def from_state(
     pattern: tuple[str, str] | None = None,
 ) -> Adapter:
     """See `jaxmerge.from_state`."""
+    if isinstance(alpha, int | float) and not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
     with_paths, structure = jax.tree_util.tree_flatten_with_path(state)
     names = [path_of(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
     name, row = _format(names, layout, pattern)
-    rules, roles = _roles(names, row)
+    rules, roles, parameters = _roles(names, row)
     factors: dict[str, dict[str, AnyArray]] = {}
     extras = {}
     for (role, path), leaf in zip(roles, leaves, strict=True):
@@ -96,10 +101,12 @@ def from_state(
     for path, pair in factors.items():
         if len(pair) == 2:
             found = find_layout(path, pair["a"].shape, pair["b"].shape, rules[path], scan_axis)
-            if isinstance(found, str):
+            if wrong := [leaf.dtype for leaf in pair.values() if not jnp.issubdtype(leaf.dtype, jnp.floating)]:
+                problems.append(f"module {path} is of dtype {wrong[0]}; LoRA factors are floating-point numbers")
+            elif isinstance(found, str):
                 problems.append(found)
             else:
-                layouts[path] = found
+                layouts[path] = dataclasses.replace(found, parameter=parameters.get(path, ""))
     if problems:
         raise ValueError("\n".join(problems))
     scaled = [path for path in factors if rules[path].scale == "alpha"]
@@ -147,9 +154,23 @@ def to_state(adapter: Adapter) -> Any:
         lora, layout = modules[path], layouts[path]
         with precision(lora.a.dtype, lora.b.dtype):
             leaves.append(leaf_a(lora, layout) if role == "a" else leaf_b(lora, layout))
+        if role == "b" and (problem := lost_in_scaling(lora, leaves[-1])):
+            raise ValueError(f"module {path} {problem}")
     if tree.placements:
         leaves = [laid_out(leaf, place) for leaf, place in zip(leaves, tree.placements, strict=True)]
     return jax.tree.unflatten(tree.structure, leaves)
+
+
+def lost_in_scaling(lora: LoRA, scaled: Any) -> str:
+    """What went wrong, if anything, when the scale of factors was folded into their B; nothing for traced ones."""
+    if not (on_host(lora.b) and on_host(lora.scale) and on_host(scaled)):
+        return ""
+    before, after = np.asarray(lora.b), np.asarray(scaled)
+    if not np.isfinite(after.astype(np.float64)).all() and np.isfinite(before.astype(np.float64)).all():
+        return f"times its scale holds numbers too large for {after.dtype}"
+    if before.any() and not after.any() and float(np.asarray(lora.scale)) != 0:
+        return f"times its scale is too small for {after.dtype}: it became 0"
+    return ""
 
 
 def padded(adapter: Adapter) -> Adapter:
@@ -189,6 +210,13 @@ def path_of(path: Sequence[Any]) -> str:
 def _format(names: Sequence[str], layout: str | None, pattern: tuple[str, str] | None) -> tuple[str, TreeFormat]:
     """The row that knows all leaves that any row takes for factors; it must be one."""
     if pattern is not None:
+        for expression in pattern:
+            try:
+                compiled = re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"pattern {expression!r} is not a regular expression: {error}") from None
+            if "module" not in compiled.groupindex:
+                raise ValueError(f"pattern {expression!r} has no group (?P<module>...)")
         return "plain", TreeFormat((PatternRule("", patterns=pattern),))
     if layout is not None:
         if layout not in TREE_FORMATS:
@@ -205,8 +233,8 @@ def _format(names: Sequence[str], layout: str | None, pattern: tuple[str, str] |
     if len(found) != 1:
         found = found or [name for name, leaves in known.items() if leaves]
         raise ValueError(
-            f"the tree has LoRA factors of several formats ({', '.join(found)}): name one with layout=, "
-            "or give pattern=(regex of A, regex of B)"
+            f"the tree has LoRA factors of several formats ({', '.join(found)}): name one with layout= "
+            "(--tree), or give pattern=(regex of A, regex of B)"
         )
     return found[0], TREE_FORMATS[found[0]]
 
@@ -220,21 +248,20 @@ def _match(leaf: str, row: TreeFormat) -> tuple[str, re.Match[str], Rule] | None
     return None
 
 
-def _roles(names: Sequence[str], row: TreeFormat) -> tuple[dict[str, Rule], list[tuple[str, str]]]:
-    """Each module's rule; each leaf's role, and its module's dotted path or its own name."""
+def _roles(names: Sequence[str], row: TreeFormat) -> tuple[dict[str, Rule], list[tuple[str, str]], dict[str, str]]:
+    """Each module's rule; each leaf's role, and its module's dotted path or its own name; each module's parameter."""
     matches = [_match(name, row) for name in names]
     parameters = Counter(match["module"] for found in matches if found for role, match, _ in [found] if role == "a")
-    rules, roles = {}, []
+    rules, roles, adapted = {}, [], {}
     for name, found in zip(names, matches, strict=True):
         if found is None:
             roles.append(("extra", name.replace("/", ".")))
             continue
         role, match, rule = found
-        path = match["module"]
-        # A module with one adapted parameter goes by its own name, as in the other formats.
-        if parameters[path] > 1 and "parameter" in match.groupdict():
-            path += f"/{match['parameter']}"
+        path, parameter = match["module"], match.groupdict().get("parameter")
+        if parameter is not None and (parameters[path] > 1 or parameter not in PLAIN_PARAMETERS):
+            path += f"/{parameter}"
         path = path.replace("/", ".")
-        rules[path] = rule
+        rules[path], adapted[path] = rule, parameter or ""
         roles.append((role, path))
-    return rules, roles
+    return rules, roles, adapted

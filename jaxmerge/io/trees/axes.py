@@ -28,6 +28,7 @@ class TreeLayout:
         inputs: Of those of A that are ``in``.
         outputs: Of those of B that are ``out``.
         summed: Of that of B that is ``sum``, if there is one.
+        parameter: What is adapted, where the format names it.
     """
 
     a: tuple[str, ...]
@@ -36,6 +37,7 @@ class TreeLayout:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     summed: int = 1
+    parameter: str = ""
 
 
 def find_layout(path: str, a: tuple[int, ...], b: tuple[int, ...], rule: Rule, scan_axis: ScanAxis) -> TreeLayout | str:
@@ -101,12 +103,18 @@ def _fitted(
 
 def layout_of(
     rule: Rule, batch: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], scan_axis: int
-) -> TreeLayout:
-    """How a rule lays factors of these sizes, with what has factors of its own at an axis where the rule is silent."""
+) -> TreeLayout | None:
+    """How a rule lays factors of these sizes, with what has factors of its own at an axis where the rule is silent.
+
+    Returns:
+        None if the rule has no place for as many axes.
+    """
     a, b = rule.axes[0]
     own = len(batch) if "batch" in a else 0
-    a_axes = _spelt(a, own + len(inputs) + 1) or ()
-    b_axes = _spelt(b, own + len(outputs) + 1 + b.count("sum")) or ()
+    a_axes = _spelt(a, own + len(inputs) + 1)
+    b_axes = _spelt(b, own + len(outputs) + 1 + b.count("sum"))
+    if a_axes is None or b_axes is None or a_axes.count("batch") != own or b_axes.count("batch") != own:
+        return None
     if not own:
         a_axes, b_axes = ((*x[:scan_axis], *("batch",) * len(batch), *x[scan_axis:]) for x in (a_axes, b_axes))
     summed = inputs[0] if "sum" in b else 1
@@ -171,7 +179,8 @@ def leaf_b(lora: LoRA, layout: TreeLayout) -> AnyArray:
     """B with the scale folded in: the formats keep none, and alpha equal to the rank restores it."""
     xp = np if isinstance(lora.b, np.ndarray) and on_host(lora.scale) else jnp
     wide = promote(lora.b.dtype, jnp.float32)
-    b = (lora.b.astype(wide) * xp.asarray(lora.scale, wide)).astype(lora.b.dtype).swapaxes(-1, -2)
+    with np.errstate(over="ignore"):  # What does not fit the dtype is told by name.
+        b = (lora.b.astype(wide) * xp.asarray(lora.scale, wide)).astype(lora.b.dtype).swapaxes(-1, -2)
     if "sum" in layout.b:  # The first of the terms is the sum: exact in any dtype.
         rest = xp.zeros((*lora.batch, layout.summed - 1, *b.shape[-2:]), b.dtype)
         b = xp.concatenate([b[..., None, :, :], rest], axis=-3)
