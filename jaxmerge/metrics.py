@@ -28,6 +28,11 @@ def _squared_singular_values(lora: LoRA) -> np.ndarray:
     say how much of the energy a rank keeps, and costs two thin products.
     """
     a, b = (np.asarray(factor).astype(np.float32) for factor in (lora.a, lora.b))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return np.full((*lora.batch, lora.rank), np.nan)
+    # In float64 where the squares of large numbers would leave float32.
+    if max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)) > 1e15:
+        a, b = a.astype(np.float64), b.astype(np.float64)
     gram_a = (a @ a.swapaxes(-1, -2)).astype(np.float64)
     gram_b = (b.swapaxes(-1, -2) @ b).astype(np.float64)
     values, vectors = np.linalg.eigh(gram_a)

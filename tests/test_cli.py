@@ -298,14 +298,14 @@ def test_help_does_not_import_jax():
 def test_a_killed_merge_leaves_nothing(tmp_path):
     program = """
 import os, sys, time
-import jaxmerge.cli.merge as command
 from jaxmerge.cli import main
-save = command.peft.save
+from jaxmerge.io import peft
+save = peft.save
 def slow(*arguments, **options):
     print("merged", flush=True)
     time.sleep(0.2)
     save(*arguments, **options)
-command.peft.save = slow
+peft.save = slow
 sync = os.fsync
 os.fsync = lambda handle: (sync(handle), time.sleep(20))
 sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _use_any_output()
     options = build_parser().parse_args(arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns at length of what we tell in a line.
+    # Orbax warns at length, and from threads of its own, of what we tell in a line.
+    for name in ("absl", "asyncio", "root"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    threading.excepthook = lambda _: None
     try:
         code = importlib.import_module(f"jaxmerge.cli.{options.command}").run(options)
         sys.stdout.flush()

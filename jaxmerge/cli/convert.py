@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 
 from jaxmerge import io
-from jaxmerge.base import Adapter
+from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.cli.console import conversion, out, pattern, print_json, reading, report_problems, table
 
 
@@ -17,8 +17,12 @@ def run(options: argparse.Namespace) -> int:
         source, target = Path(options.input), Path(options.output)
         how = io.Conversion(**conversion(options))
         options.adapters = [options.input]
+        if problems := io.overlap_problems([source], target):
+            return report_problems(problems, options.json)
         io.check_target([io.peek(source, **reading(options, 0))], target, how, options.force)
         adapter = io.load(source, **reading(options, 0))
+        if broken := nonfinite_modules(adapter):
+            return report_problems([f"{source}: NaN or inf in {broken[0]}"], options.json)
         converted = io.convert.convert(adapter, how)
         io.save(converted, target, force=options.force)
     except ValueError as error:

@@ -41,10 +41,10 @@ def describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If its files are missing or broken.
     """
-    return _describe_orbax(path, options) if io.is_orbax(path) else _describe_peft(path)
+    return _describe_tree(path, options) if io.is_tree(path) else _describe_peft(path)
 
 
-def _describe_orbax(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_tree(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     problems = []
     try:
         io.peek(path, **options)

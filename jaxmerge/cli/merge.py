@@ -27,7 +27,6 @@ from jaxmerge.cli.console import (
     span,
     table,
 )
-from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.merging.plan import plan_merge
@@ -126,8 +125,7 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
         first = seen.setdefault(Path(os.path.realpath(path)), path)
         if first is not path:
             problems.append(f"{path}: is given twice; one weight for it says the same")
-        if output.exists() and Path(os.path.realpath(output)) in (Path(os.path.realpath(path)), peft_folder(path)):
-            problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
+    problems += io.overlap_problems(paths, output)
     if options.density is not None and not 0 < options.density <= 1:
         problems.append(f"--density {options.density:g} is not in (0, 1]")
     try:
@@ -147,15 +145,7 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
             plan_merge(peeked, options.weights if complete else None, **arguments)
         except ValueError as error:
             problems += str(error).splitlines()
-    return problems
-
-
-def peft_folder(path: Path) -> Path | None:
-    """The folder the adapter's files lie in, resolved; None if there is none."""
-    try:
-        return Path(os.path.realpath(peft.find_folder(path)))
-    except ValueError:
-        return None
+    return list(dict.fromkeys(problems))
 
 
 def twins(adapters: list[Adapter]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,11 +80,21 @@ def _read(path: Path, how: str, **options: Any) -> Adapter:
             raise ValueError(f"{path}: {error}") from None
     if path.is_file() and path.name.endswith(keras.SUFFIX):
         return keras.load(path, **options)  # Small, and without headers to peek at.
+    if not path.exists() and not path.is_symlink():
+        raise ValueError(f"{path}: there is no such folder")
     if is_orbax(path):
         return getattr(orbax, how)(path, **options)
     if given := [name for name, value in options.items() if value is not None]:
-        raise ValueError(f"{path}: is no Orbax checkpoint, for which alone {', '.join(given)} can be given")
+        raise ValueError(
+            f"{path}: is no Orbax checkpoint, whose steps have numbers for names; {', '.join(given)} can be given for "
+            "such alone"
+        )
     return getattr(peft, how)(path)
+
+
+def is_tree(path: Path) -> bool:
+    """Whether a path looks like an adapter in a Flax tree, of whatever kind of file."""
+    return (path.is_file() and path.name.endswith(keras.SUFFIX)) or is_orbax(path)
 
 
 def is_orbax(path: Path) -> bool:
@@ -91,7 +102,9 @@ def is_orbax(path: Path) -> bool:
     if not path.is_dir() or any((path / name).is_file() for name in (peft.WEIGHTS, peft.PICKLED)):
         return False
     marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
-    return any((path / mark).exists() for mark in marks) or any(step.name.isdigit() for step in path.iterdir())
+    return any((path / mark).exists() for mark in marks) or any(
+        entry.name.isdecimal() or ".orbax-checkpoint-tmp" in entry.name for entry in path.iterdir()
+    )
 
 
 def save(
@@ -187,6 +200,29 @@ def _with_energy(adapter: Adapter) -> Adapter:
         for name in sorted(adapter.modules, key=natural_order)
     }
     return dataclasses.replace(adapter, metadata=dataclasses.replace(adapter.metadata, provenance=json.dumps(record)))
+
+
+def overlap_problems(paths: Sequence[Path], output: Path) -> list[str]:
+    """Whether an output would overwrite an adapter that is read, or lie inside of one."""
+    problems = []
+    target = Path(os.path.realpath(output))
+    for path in paths:
+        source = Path(os.path.realpath(path))
+        if target == source or (output.exists() and target == _peft_folder(path)):
+            problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
+        elif target in source.parents and output.exists():
+            problems.append(f"{output}: holds {path}, which is read, and would be overwritten")
+        elif source in target.parents and is_orbax(source):
+            problems.append(f"{output}: lies inside {path}, which is read")
+    return list(dict.fromkeys(problems))
+
+
+def _peft_folder(path: Path) -> Path | None:
+    """The folder that a PEFT adapter's files lie in, resolved; None if there is none."""
+    try:
+        return Path(os.path.realpath(peft.find_folder(path)))
+    except ValueError:
+        return None
 
 
 def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion, force: bool) -> None:

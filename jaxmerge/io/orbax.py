@@ -24,6 +24,11 @@ from jaxmerge.sharding import first_process, fitting, gathered, placement
 _NOT_ADAPTERS = (
     "optimizer_state", "opt_state", "optimizer", "optimizer_variables", "metrics_variables", "nnx_aux", "rngs", "step",
 )  # fmt: skip
+# What Orbax writes into a checkpoint's folder, and into one that holds a tree, beside ocdbt.process_N.
+_MARKS = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "_METADATA")
+_FLAT = ("_sharding", "_strings.json", "array_metadatas", "d", "manifest.ocdbt")
+# In the names of what it has not finished.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 # Beside the older checkpoints of MaxText: the rank and alpha of an adapter, as PEFT has them.
 _SIDECAR = "adapter_config.json"
 # Beside the trees of Keras: the model's own configuration, as a string.
@@ -101,18 +106,23 @@ def check_target(path: Path, force: bool) -> None:
         return
     if force and path.is_dir() and any(path.iterdir()) and not _is_replaceable(path.resolve()):
         raise ValueError(
-            f"{path}: is neither one finished checkpoint nor what jaxmerge wrote, so --force does not replace it"
+            f"{path}: is neither one checkpoint of an adapter nor what jaxmerge wrote, so --force does not replace it"
         )
     atomic.check_target(path, force, marker=None)
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Whether a folder is one checkpoint, or one that jaxmerge wrote and its root."""
-    if _is_committed(folder):
-        return True
+    """Whether nothing is in a folder but one checkpoint of one adapter, or what jaxmerge wrote or began to write."""
+    if (folder / "_METADATA").is_file():
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith("ocdbt.process_")}
+        return not names - {*_MARKS, *_FLAT}
     steps = _steps(folder)
-    others = {entry.name for entry in folder.iterdir()} - {step.name for step in steps} - {_SIDECAR}
-    return len(steps) == 1 and not others and "jaxmerge" in _custom_metadata(steps[0], None)
+    unfinished = [entry for entry in folder.iterdir() if _UNFINISHED in entry.name]
+    if steps or unfinished:
+        others = [entry for entry in folder.iterdir() if entry not in (*steps, *unfinished) and entry.name != _SIDECAR]
+        return not others and len(steps) <= 1 and all("jaxmerge" in _custom_metadata(step, None) for step in steps)
+    items = _item_folders(folder)
+    return len(items) == 1 and not {entry.name for entry in folder.iterdir()} - {*items, *_MARKS}
 
 
 def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
@@ -208,15 +218,26 @@ def _find(path: Path, item: str | None) -> tuple[Path, Place, Any, list[str]]:
     """The checkpoint's folder, the place of the adapter in it, the shapes of its leaves, and what is none of it."""
     folder = _step(_absolute(path), path)
     below_root = folder.parent == _absolute(path)
-    if not _is_committed(folder):  # An item: its step is what Orbax reads.
-        folder, item = folder.parent, folder.name
+    is_part = (folder / "_METADATA").is_file() and not (folder / "_CHECKPOINT_METADATA").is_file()
+    if is_part and _is_checkpoint(folder.parent):
+        folder, item = folder.parent, folder.name  # An item: its step is what Orbax reads.
     items = _items(folder, path)
-    name = _chosen(items, item, path)
+    name = _chosen(items, item, path, folder)
     step = int(folder.name) if below_root else None
     sidecar = folder.parent / _SIDECAR
-    text = sidecar.read_text() if folder.name.isdigit() and sidecar.is_file() else ""
+    text = _sidecar(sidecar) if _is_step(folder) and sidecar.is_file() else ""
     marked = (folder / "orbax.checkpoint").exists()
     return folder, Place(step, name, marked, text, _model_config(folder)), *items[name]
+
+
+def _sidecar(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {atomic.one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return json.dumps(found)
 
 
 def _model_config(folder: Path) -> str:
@@ -234,14 +255,16 @@ def _adapter(
     path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Adapter:
     custom = _custom_metadata(folder, place.item)
-    options = _completed(options, custom, place)
+    given, options = options.get("alpha"), _completed(path, options, custom, place)
     try:
         adapter = trees.from_state(tree, **options)
     except ValueError as error:
         raise type(error)("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    _check_alpha(path, adapter, given, _stored_alpha(path, custom, place))
+    base_model = custom.get("jaxmerge", {}).get("base_model")
     provenance = {
         "path": str(path),
-        "step": folder.name if folder.name.isdigit() else None,
+        "step": folder.name if _is_step(folder) else None,
         "item": place.item,
         "alpha": options.get("alpha"),
         **known,
@@ -249,7 +272,7 @@ def _adapter(
     metadata = dataclasses.replace(
         adapter.metadata,
         name=str(path),
-        base_model=(custom.get("jaxmerge") or {}).get("base_model"),
+        base_model=base_model if isinstance(base_model, str) else None,
         place=place,
         config=json.dumps({key: value for key, value in custom.items() if key != "jaxmerge"}),
         provenance=json.dumps(provenance),
@@ -257,23 +280,49 @@ def _adapter(
     return dataclasses.replace(adapter, metadata=metadata)
 
 
-def _completed(options: Mapping[str, Any], custom: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def _completed(path: Path, options: Mapping[str, Any], custom: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """The options, with what is written down beside the tree where they leave it open."""
-    alpha, scan_axis = options.get("alpha"), options.get("scan_axis")
-    if alpha is None:
-        sources = [(custom.get("lora"), "lora_alpha"), (custom.get("jaxmerge"), "alpha")]
-        found = [source.get(name) for source, name in sources if isinstance(source, dict)]
-        alpha = next((value for value in found if value), None)
-    if alpha is None and place.sidecar:
-        alpha = json.loads(place.sidecar).get("lora_alpha")
-    if alpha is None and place.model_config:
-        alpha = keras.alphas(place.model_config) or None
-    layout = options.get("layout")
-    if layout is None and options.get("pattern") is None and (ours := custom.get("jaxmerge")):
-        layout = ours.get("format") if ours.get("format") in trees.TREE_FORMATS else None
+    alpha, scan_axis, layout = options.get("alpha"), options.get("scan_axis"), options.get("layout")
+    stored = _stored_alpha(path, custom, place)
+    ours = custom.get("jaxmerge", {}).get("format")
+    if layout is None and options.get("pattern") is None and isinstance(ours, str) and ours in trees.TREE_FORMATS:
+        layout = ours
     if scan_axis is None and isinstance(custom.get("scan_layers"), bool):
         scan_axis = "some" if custom["scan_layers"] else "none"
-    return {**options, "alpha": alpha, "scan_axis": scan_axis, "layout": layout}
+    return {**options, "alpha": stored if alpha is None else alpha, "scan_axis": scan_axis, "layout": layout}
+
+
+def _stored_alpha(path: Path, custom: Mapping[str, Any], place: Place) -> trees.Alpha:
+    """The alpha that is written down beside the tree, if it is."""
+    if custom.get("jaxmerge", {}).get("alpha") == "rank":
+        return "rank"
+    lora = custom.get("lora")
+    sources = {
+        "lora.lora_alpha in its custom metadata": lora.get("lora_alpha") if isinstance(lora, dict) else None,
+        f"lora_alpha in its {_SIDECAR}": json.loads(place.sidecar or "{}").get("lora_alpha"),
+    }
+    for where, value in sources.items():
+        if value is None or value == 0:  # MaxText's word for one that was never set.
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{path}: {where} is {value!r}, not a number")
+        return float(value)
+    return (keras.alphas(place.model_config) or None) if place.model_config else None
+
+
+def _check_alpha(path: Path, adapter: Adapter, alpha: trees.Alpha, stored: trees.Alpha) -> None:
+    """Refuses an alpha that contradicts the checkpoint's own."""
+    if alpha is None or stored is None or isinstance(stored, Mapping) or alpha == stored:
+        return
+    if "rank" in (alpha, stored) and all(
+        lora.rank == (stored if alpha == "rank" else alpha) for lora in adapter.modules.values()
+    ):
+        return
+    own = "that it is each module's rank" if stored == "rank" else stored
+    raise ValueError(
+        f"{path}: alpha {alpha} was given, but the checkpoint itself says {own}: leave alpha out, or give one per "
+        "adapter"
+    )
 
 
 def _with_rank(custom: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -296,15 +345,25 @@ def _custom_metadata(folder: Path, item: str | None) -> dict[str, Any]:
     return {name: value for name, value in custom.items() if name != "jaxmerge" or isinstance(value, dict)}
 
 
-def _is_committed(folder: Path) -> bool:
-    from orbax.checkpoint import v1 as ocp
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a finished checkpoint: a flat one, or one of items. Orbax's own test takes any folder."""
+    if not folder.is_dir() or _UNFINISHED in folder.name:
+        return False
+    # Older ones have no mark but their place.
+    return any((folder / mark).exists() for mark in _MARKS) or (_is_step(folder) and bool(_item_folders(folder)))
 
-    return ocp.is_orbax_checkpoint(str(folder))
+
+def _item_folders(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if not _is_step(entry) and (entry / "_METADATA").is_file()]
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.name.isascii() and folder.name.isdecimal()
 
 
 def _steps(root: Path) -> list[Path]:
     """A manager's finished steps, oldest first: an unfinished one has a name that is not a number."""
-    return sorted((step for step in root.iterdir() if step.is_dir() and step.name.isdigit()), key=lambda s: int(s.name))
+    return sorted((step for step in root.iterdir() if step.is_dir() and _is_step(step)), key=lambda s: int(s.name))
 
 
 def _step(folder: Path, path: Path) -> Path:
@@ -312,11 +371,13 @@ def _step(folder: Path, path: Path) -> Path:
         raise ValueError(f"{path}: there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"{path}: is a file, not a checkpoint")
-    if _is_committed(folder) or (_is_committed(folder.parent) and (folder / "_METADATA").is_file()):
+    if _is_checkpoint(folder):
         return folder
     steps = _steps(folder)
     if not steps:
-        raise ValueError(f"{path}: is not a finished Orbax checkpoint and has no steps")
+        unfinished = [entry.name for entry in folder.iterdir() if _UNFINISHED in entry.name]
+        what = f"only unfinished steps ({', '.join(unfinished)})" if unfinished else "no steps, whose names are numbers"
+        raise ValueError(f"{path}: is not a finished Orbax checkpoint and has {what}")
     return steps[-1]
 
 
@@ -329,7 +390,7 @@ def _items(folder: Path, path: Path) -> dict[str | None, tuple[Any, list[str]]]:
             found = {None: ocp.metadata(str(folder)).metadata}
         else:
             found = ocp.checkpointables_metadata(str(folder)).metadata
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is not a sound Orbax checkpoint: {atomic.one_line(error)}") from None
     parts = {name: _adapter_part(tree) for name, tree in found.items()}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part[0])}
@@ -356,16 +417,19 @@ def _restore(folder: Path, name: str | None, shapes: Any, mesh: Mesh | None) -> 
         return ocp.load(str(folder), jax.tree.map(target, shapes), **named)
 
 
-def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path) -> str | None:
+def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path, folder: Path) -> str | None:
     if item is not None:
         if item not in items:
-            raise ValueError(f"{path}: has no item {item!r}: there are {', '.join(map(str, items)) or 'none'}")
+            named = ", ".join(name for name in items if name)
+            raise ValueError(f"{path}: has no item {item!r}: there {f'are {named}' if named else 'is but one tree'}")
         return item
     candidates = [name for name in items if name not in _NOT_ADAPTERS]
     if not candidates:
-        raise ValueError(f"{path}: holds no arrays that can be read")
+        raise ValueError(f"{path}: nothing in {folder.name} can be read; it is no finished checkpoint of arrays")
     if len(candidates) > 1:
-        raise ValueError(f"{path}: holds several items ({', '.join(map(str, candidates))}): name one with item=")
+        raise ValueError(
+            f"{path}: holds several items ({', '.join(map(str, candidates))}): name one with item= (--item)"
+        )
     return candidates[0]
 
 

@@ -92,7 +92,9 @@ def from_peft(adapter: Adapter, pieces: Sequence[Piece], target: Target) -> Adap
         shape = [sizes[name] for name in batch]
         a, b = whole.a.reshape(*shape, whole.rank, -1), whole.b.reshape(*shape, -1, whole.rank)
         modules[piece.module] = LoRA(*_within_capacity(a, b))
-        rule, module, layout = target_layout(piece, target)  # type: ignore[misc] - `settle` has refused all others.
+        found = target_layout(piece, target)
+        assert not isinstance(found, str), "settle refuses it"
+        rule, module, layout = found
         layouts.append((piece.module, layout))
         for factor in ("a", "b"):
             keys = [*target.wrappers, *rule.path(module, row.parameter, factor).split("/"), *["value"] * target.value]
