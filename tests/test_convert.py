@@ -223,3 +223,47 @@ def test_rows_lead_there_and_back(layout):
             kept = {name: value for name, value in values.items() if name not in row.unrolled}
             assert match(row.tree, fill(row.tree, values)) == kept, (form, row)
             assert set(row.unrolled) <= {*row.a_axes, *row.b_axes}
+
+
+def test_what_a_format_cannot_hold_is_told(tmp_path):
+    adapter = jm.load(peft_folder(tmp_path / "peft", {"m.0.q": (12, 10), "m.0.k": (12, 10)}))
+
+    def told(form, *rows):
+        with pytest.raises(ValueError, match=r".") as caught:
+            jm.save(adapter, tmp_path / "out", format=form, layout=table(tmp_path, *rows), head_dim=4)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    q, k = ({"peft": f"m.{{l}}.{name}", "tree": f"b.{{l}}.{name}"} for name in "qk")
+    assert "module b.0.q: format keras has no parameter called w" in told(
+        "keras", q | {"parameter": "w"}, k | {"parameter": "w"}
+    )
+    openpi = {"tree": "{l}.q_einsum", "inputs": "in", "outputs": "heads head_dim"}
+    assert "its A must have the axes *batch in rank" in told("openpi", q | openpi, k)
+    assert "has the module and parameter of a row before it" in told("qwix", q, k | {"tree": "b.{l}.q"})
+    # Two parameters of one module are two modules.
+    rows = [q | {"tree": "b.{l}", "parameter": "q"}, k | {"tree": "b.{l}", "parameter": "k"}]
+    jm.save(adapter, tmp_path / "both", format="qwix", layout=table(tmp_path, *rows))
+    both = jm.load(tmp_path / "both")
+    for name in "qk":
+        assert relative_error(delta64(both.modules[f"b.0.{name}"]), delta64(adapter.modules[f"m.0.{name}"])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"peft": "m.{l}.{l}", "tree": "b.{l}"},
+        {"peft": "m.{1}.q", "tree": "b.{1}"},
+        {"peft": "m.{l*0}.q", "tree": "b.{l}"},
+        {"peft": "m.{x=q|k}", "tree": "b.{x=q}"},
+        {"peft": "m.{x=q|q}", "tree": "b.{x}"},
+        {"peft": "m.{l", "tree": "b"},
+        {"peft": "m", "tree": ""},
+        {"peft": "m", "tree": "b", "parameter": "a/b"},
+        {"peft": "m", "tree": "b", "scan_axis": -1},
+    ],
+)
+def test_rows_that_mean_nothing_are_refused(tmp_path, row):
+    adapter = jm.load(peft_folder(tmp_path / "peft", {"m": (8, 8)}))
+    with pytest.raises(ValueError, match=r"table\.json: row 1"):
+        jm.save(adapter, tmp_path / "out", format="qwix", layout=table(tmp_path, row))

@@ -281,6 +281,15 @@ def test_scanned_layers_whose_sizes_leave_it_open_are_not_guessed(tmp_path):
     assert jm.load(tmp_path / "a", scan_axis=1).modules["decoder.layers.query"].batch == (2,)
 
 
+def test_what_jaxmerge_wrote_knows_where_its_layers_lie(tmp_path):
+    query = {"kernel_lora_a": np.ones((2, 2, 2), np.float32), "kernel_lora_b": np.ones((2, 2, 4), np.float32)}
+    save_standard(tmp_path / "a", {"decoder": {"layers": {"query": query}}})
+    jm.save(jm.load(tmp_path / "a", alpha=2.0, scan_axis=1), tmp_path / "b")
+    lora = jm.load(tmp_path / "b").modules["decoder.layers.query"]
+    assert lora.batch == (2,)
+    assert lora.scale == 1
+
+
 def test_the_state_of_a_training_run_is_left_out(tmp_path, capsys):
     """What MaxText's trainer saves: optimizer moments under the names of the factors, and a step."""
 
@@ -366,3 +375,108 @@ def test_maxtexts_older_form_with_its_adapter_config(tmp_path, swapped):
     got = deltas(tree["params"]["params"]["decoder"]["layers"]["self_attention"])
     for one, wanted in zip(got, expected, strict=True):
         assert relative_error(one, wanted) < 1e-5
+
+
+@pytest.fixture
+def tunix_like(tmp_path):
+    """Two roots of qwix trees, and the command that merges them."""
+    roots = [save_training(tmp_path / name, qwix_like(seed)) for seed, name in enumerate(("a", "b"))]
+
+    def merge(*options, inputs=roots, alpha=("4",)):
+        return main(["merge", *map(str, inputs), *map(str, options), "--alpha", *alpha])
+
+    return roots, merge
+
+
+@pytest.mark.parametrize("content", ["chapter.txt", "sub/x", "5/x", ".git/config"])
+def test_force_replaces_checkpoints_alone(tmp_path, tunix_like, capsys, content):
+    _, merge = tunix_like
+    mine = tmp_path / "thesis" / content
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    assert merge("-o", tmp_path / "thesis", "--force") == 1
+    assert "so --force does not replace it" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
+
+
+def test_force_keeps_notes_and_optimizer_states(tmp_path, tunix_like, capsys):
+    _, merge = tunix_like
+    flat = save_standard(tmp_path / "flat", qwix_like(0))
+    (flat / "notes.txt").write_text("mine")
+    assert merge("-o", flat, "--force") == 1
+    assert (flat / "notes.txt").exists()
+    with v0.CheckpointManager(tmp_path / "run") as manager:
+        items = {name: v0.args.StandardSave(qwix_like(0)) for name in ("model_params", "optimizer_state")}
+        manager.save(5, args=v0.args.Composite(**items))
+    assert merge("-o", tmp_path / "run" / "5", "--force") == 1
+    assert (tmp_path / "run" / "5" / "optimizer_state").is_dir()
+
+
+def test_force_replaces_what_a_killed_merge_left(tmp_path, tunix_like, capsys):
+    _, merge = tunix_like
+    left = tmp_path / "out" / "10.orbax-checkpoint-tmp" / "model_params"
+    left.mkdir(parents=True)
+    assert main(["inspect", str(tmp_path / "out")]) == 1
+    assert "only unfinished steps" in capsys.readouterr().err
+    assert merge("-o", tmp_path / "out", "--force") == 0
+    assert merge("-o", tmp_path / "out", "--force") == 0
+    assert jm.load(tmp_path / "out").modules
+
+
+def test_inputs_are_not_overwritten(tmp_path, tunix_like, capsys):
+    roots, merge = tunix_like
+    step = next(entry for entry in roots[0].iterdir() if entry.name.isdigit())
+    before = sorted(entry.name for entry in step.iterdir())
+    for output, inputs, told in (
+        (step, roots, "lies inside"),
+        (step / "model_params" / "out", roots, "lies inside"),
+        (step, [step, roots[1]], "would be overwritten"),
+        (roots[0], [step, roots[1]], "would be overwritten"),
+    ):
+        assert merge("-o", output, "--force", inputs=inputs) == 1
+        assert told in capsys.readouterr().err
+    convert = ["--format", "qwix", "--layout", "qwen3", "--alpha", "4", "--force"]
+    assert main(["convert", str(step), str(step), *convert]) == 1
+    assert "would be overwritten" in capsys.readouterr().err
+    assert sorted(entry.name for entry in step.iterdir()) == before
+
+
+def test_an_alpha_that_contradicts_the_checkpoints_own_is_refused(tmp_path, tunix_like, capsys):
+    roots, merge = tunix_like
+    assert merge("-o", tmp_path / "once", alpha=("4", "8")) == 0
+    assert merge("-o", tmp_path / "twice", inputs=[tmp_path / "once", roots[0]]) == 0  # Its rank is 4.
+    assert merge("-o", tmp_path / "thrice", inputs=[tmp_path / "twice", roots[0]]) == 1
+    assert (
+        "alpha 4.0 was given, but the checkpoint itself says that it is each module's rank" in capsys.readouterr().err
+    )
+    assert merge("-o", tmp_path / "thrice", inputs=[tmp_path / "twice", roots[0]], alpha=("rank", "4")) == 0
+
+
+@pytest.mark.parametrize(
+    "custom",
+    [
+        {"lora": 5},
+        {"lora": {"lora_alpha": [1]}},
+        {"lora": {"lora_alpha": "x"}},
+        {"lora": {"lora_alpha": True}},
+        {"jaxmerge": []},
+        {"jaxmerge": {"format": [], "base_model": {}}},
+        {"scan_layers": "yes"},
+    ],
+)
+def test_custom_metadata_of_any_kind_is_read_or_refused_in_a_line(tmp_path, custom):
+    with v0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", qwix_like(0), custom_metadata=custom)
+    if isinstance(custom.get("lora"), dict):
+        with pytest.raises(ValueError, match=r"lora_alpha in its custom metadata is .*, not a number"):
+            jm.load(tmp_path / "a")
+    else:
+        assert jm.load(tmp_path / "a", alpha=4.0).modules["layers.0.q_proj"].scale == 2
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "nonsense", '{"lora_alpha": [2]}'])
+def test_a_broken_adapter_config_beside_a_checkpoint_is_named(tmp_path, text):
+    root = save_training(tmp_path / "a", qwix_like(0))
+    (root / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        jm.load(root)

@@ -299,3 +299,43 @@ def test_what_is_not_understood_is_refused():
         jm.to_state(merged)
     with pytest.raises(ValueError, match="to_state gives it back"):
         jm.save(other, "never")
+
+
+def test_parameters_of_one_module_are_told_apart():
+    """Whether a tree adapts one of them or all: an adapter of the one is merged with the same one of another."""
+
+    def tree(*names):
+        factors = {name: (np.full((8, 2), i + 1.0, np.float32), np.ones((2, 6), np.float32)) for i, name in
+                   enumerate(names)}  # fmt: skip
+        return {
+            "moe": {f"{name}_lora_{f}": x for name, pair in factors.items() for f, x in zip("ab", pair, strict=True)}
+        }
+
+    one, both = jm.from_state(tree("wi_1"), alpha=2.0), jm.from_state(tree("wi_0", "wi_1"), alpha=2.0)
+    assert set(one.modules) == {"moe.wi_1"}
+    assert set(both.modules) == {"moe.wi_0", "moe.wi_1"}
+    merged = jm.merge([one, both], [1, 1])
+    assert set(jm.to_state(merged)["moe"]) == {f"{name}_lora_{f}" for name in ("wi_0", "wi_1") for f in "ab"}
+    np.testing.assert_array_equal(jm.delta(merged.modules["moe.wi_1"]), np.full((6, 8), 2 * (1.0 + 2.0)))
+    with pytest.raises(ValueError, match="of different kinds"):
+        jm.merge([jm.from_state(tree("kernel"), alpha=2.0), jm.from_state(tree("w"), alpha=2.0)])
+
+
+def test_a_scale_that_the_dtype_cannot_hold_is_named():
+    tree = {"q": {"w_lora_a": np.ones((8, 2), np.float16), "w_lora_b": np.full((2, 6), 30000, np.float16)}}
+    with pytest.raises(ValueError, match="module q times its scale holds numbers too large for float16"):
+        jm.to_state(jm.from_state(tree, alpha=8.0))
+    with pytest.raises(ValueError, match="module q times its scale is too small for float16"):
+        jm.to_state(jm.from_state(tree, alpha=1e-20))
+
+
+def test_patterns_dtypes_and_alphas_are_checked():
+    tree = {"q": {"w_lora_a": np.ones((8, 2), np.int32), "w_lora_b": np.ones((2, 6), np.int32)}}
+    with pytest.raises(ValueError, match="module q is of dtype int32"):
+        jm.from_state(tree, alpha=1.0)
+    with pytest.raises(ValueError, match="not a regular expression"):
+        jm.from_state(tree, pattern=("(", "("))
+    with pytest.raises(ValueError, match="has no group"):
+        jm.from_state(tree, pattern=(".*", ".*"))
+    with pytest.raises(ValueError, match="alpha must be a finite number"):
+        jm.from_state(tree, alpha=float("nan"))

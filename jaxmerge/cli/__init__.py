@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Orbax warns at length, and from threads of its own, of what we tell in a line.
     for name in ("absl", "asyncio", "root"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    threading.excepthook = lambda _: None
+    threading.excepthook = sys.unraisablehook = lambda _: None
     try:
         code = importlib.import_module(f"jaxmerge.cli.{options.command}").run(options)
         sys.stdout.flush()

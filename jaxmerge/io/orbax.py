@@ -147,7 +147,12 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     tree = trees.to_state(adapter)
     custom = _with_rank(json.loads(adapter.metadata.config), adapter)
     # The scale is in B, so that alpha is the rank wherever there is one.
-    kept = {"alpha": "rank", "base_model": adapter.metadata.base_model, "format": adapter.metadata.format}
+    kept = {
+        "alpha": "rank",
+        "base_model": adapter.metadata.base_model,
+        "format": adapter.metadata.format,
+        "scan_axis": trees.scan_axis(adapter),
+    }
     custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), **kept}
     if place.sidecar and place.step is not None:
         rank = max(lora.rank for lora in adapter.modules.values())
@@ -162,9 +167,11 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
         _write(made, place, tree, custom)
         if replaces and first_process():
             atomic.put_in_place(made, path, owned=[entry.name for entry in path.iterdir()], force=True)
-    except BaseException:
+    except BaseException as error:
         if first_process() and not is_remote(path):
             shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError | ValueError | RuntimeError):
+            raise ValueError(f"{path}: cannot be written, and nothing is left: {atomic.one_line(error)}") from None
         raise
 
 
@@ -289,6 +296,8 @@ def _completed(path: Path, options: Mapping[str, Any], custom: Mapping[str, Any]
         layout = ours
     if scan_axis is None and isinstance(custom.get("scan_layers"), bool):
         scan_axis = "some" if custom["scan_layers"] else "none"
+    if scan_axis is None and isinstance(axis := custom.get("jaxmerge", {}).get("scan_axis"), int):
+        scan_axis = axis
     return {**options, "alpha": stored if alpha is None else alpha, "scan_axis": scan_axis, "layout": layout}
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "lost_in_scaling",
     "padded",
     "path_of",
+    "scan_axis",
     "to_state",
     "widest",
 ]
@@ -195,6 +196,13 @@ def widest(adapters: Sequence[Adapter]) -> Tree | None:
     wanted = {path for adapter in adapters for path in (*adapter.modules, *adapter.extras)}
     trees = [adapter.metadata.tree for adapter in adapters if isinstance(adapter.metadata.tree, Tree)]
     return next((tree for tree in trees if wanted <= {path for _, path in tree.leaves}), trees[0] if trees else None)
+
+
+def scan_axis(adapter: Adapter) -> int | None:
+    """Where the layers of a scan lie in an adapter's leaves, if they do so everywhere in one place."""
+    layouts = [kind for _, kind in adapter.metadata.layouts if isinstance(kind, TreeLayout)]
+    axes = {kind.a.index("batch") for kind in layouts if kind.a.count("batch") == 1}
+    return axes.pop() if len(axes) == 1 else None
 
 
 def path_of(path: Sequence[Any]) -> str:
