@@ -163,7 +163,7 @@ def test_remote_paths_go_to_orbax_as_they_are(name, monkeypatch):
     from jaxmerge.io import orbax
 
     seen = []
-    monkeypatch.setattr(orbax, "_find", lambda path, item: seen.append(path) or 1 / 0)
+    monkeypatch.setattr(orbax, "find", lambda path, item: seen.append(path) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         jm.load(name, alpha=1.0)
     assert [str(path) for path in seen] == [name]

@@ -1,0 +1,214 @@
+"""Orbax checkpoints of Flax LoRA trees, read on any machine and written in the layout they came in.
+
+Orbax is imported where it is used: that takes a second, and PEFT folders need none of it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmerge.base import Adapter, on_host
+from jaxmerge.io import atomic, keras, trees
+from jaxmerge.io.orbax.places import (
+    MODEL_CONFIG,
+    SIDECAR,
+    Place,
+    absolute,
+    custom_metadata,
+    find,
+    is_remote,
+    is_replaceable,
+    is_step,
+)
+from jaxmerge.io.orbax.records import check_alpha, completed, is_of_one_rank, stored_alpha, with_rank
+from jaxmerge.sharding import first_process, fitting, gathered, placement
+
+__all__ = ["Place", "check_target", "is_of_one_rank", "is_remote", "load", "peek", "save"]
+
+
+def load(path: Path, item: str | None = None, mesh: Mesh | None = None, **options: Any) -> Adapter:
+    """Reads an adapter from a checkpoint.
+
+    Args:
+        path: A checkpoint, a step, or a manager's root, of which the latest step is taken.
+        item: Of a step with several items of LoRA factors, the one to take.
+        mesh: What to put the arrays on, spread as they were saved; None for the host.
+        **options: Of `jaxmerge.from_state`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: If it is no checkpoint, is broken, or its tree is not understood.
+    """
+    folder, place, shapes, left_out = find(path, item)
+    try:
+        tree = _restore(folder, place.item, shapes, mesh)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
+    return _adapter(path, folder, place, tree, {"sha256": _digest(tree), "left_out": left_out}, options)
+
+
+def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
+    """The adapter with the shapes of its tensors in place of the tensors. Arguments and errors are those of `load`."""
+    folder, place, shapes, left_out = find(path, item)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+    return _adapter(path, folder, place, tree, {"left_out": left_out}, options)
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuses a target that may not be written.
+
+    Raises:
+        ValueError: If something is there that may not be replaced, or the place cannot be written to.
+    """
+    if is_remote(path):
+        if path.exists():
+            raise ValueError(f"{path}: already exists, and is not replaced where folders cannot be exchanged")
+        return
+    if force and path.is_dir() and any(path.iterdir()) and not is_replaceable(path.resolve()):
+        raise ValueError(
+            f"{path}: is neither one checkpoint of an adapter nor what jaxmerge wrote, so --force does not replace it"
+        )
+    atomic.check_target(path, force, marker=None)
+
+
+def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
+    """Writes a checkpoint in the layout of the one the adapter was read from: its steps, items and names.
+
+    Orbax commits it, so that a crash leaves nothing that looks finished. The provenance goes into its custom metadata,
+    beside what the source had there.
+
+    Args:
+        adapter: Read from a checkpoint, merged from such, or converted to its format.
+        path: What the source's path was: a root, a step, or a checkpoint.
+        replaces: Whether there is a checkpoint there that is to be replaced.
+
+    Raises:
+        ValueError: If no adapter's tree has a place for a module.
+    """
+    place: Place = adapter.metadata.place
+    if is_of_one_rank(adapter.metadata):
+        adapter = trees.padded(adapter)
+    # What lies on the devices of several processes is written by all of them; the rest needs none to be turned.
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf) if on_host(leaf) else leaf, adapter)
+    tree = trees.to_state(adapter)
+    custom = with_rank(json.loads(adapter.metadata.config), adapter)
+    # The scale is in B, so that alpha is the rank wherever there is one.
+    kept = {
+        "alpha": "rank",
+        "base_model": adapter.metadata.base_model,
+        "format": adapter.metadata.format,
+        "scan_axis": trees.scan_axis(adapter),
+    }
+    custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), **kept}
+    if place.sidecar and place.step is not None:
+        rank = max(lora.rank for lora in adapter.modules.values())
+        sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
+        place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
+    if place.model_config:
+        place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
+    path = absolute(path)
+    # What is not replaced Orbax itself commits in its place.
+    made = path.parent / f".{path.name}.partial" if replaces else path
+    try:
+        _write(made, place, tree, custom)
+        if replaces and first_process():
+            atomic.put_in_place(made, path, owned=[entry.name for entry in path.iterdir()], force=True)
+    except BaseException as error:
+        if first_process() and not is_remote(path):
+            shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError | ValueError | RuntimeError):
+            raise ValueError(f"{path}: cannot be written, and nothing is left: {atomic.one_line(error)}") from None
+        raise
+
+
+def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
+    import orbax.checkpoint as v0
+    from orbax.checkpoint import v1
+
+    if place.sidecar and place.step is not None and first_process():
+        path.mkdir(parents=True)
+        (path / SIDECAR).write_text(place.sidecar)
+    if place.model_config and place.step is not None:
+        items = {str(place.item): tree, MODEL_CONFIG: {"config": place.model_config}}
+        with v1.training.Checkpointer(str(path)) as checkpointer:
+            checkpointer.save_checkpointables(place.step, items, custom_metadata=custom)
+    elif place.step is not None:
+        with v0.CheckpointManager(path) as manager:
+            items = v0.args.Composite(**{place.item or "default": v0.args.StandardSave(tree)})
+            manager.save(place.step, args=items, custom_metadata=custom)
+    elif place.marked:
+        v1.save_checkpointables(str(path), {place.item or "state": tree}, custom_metadata=custom)
+    elif place.item is not None:
+        with v0.Checkpointer(v0.CompositeCheckpointHandler()) as checkpointer:
+            items = v0.args.Composite(**{place.item: v0.args.StandardSave(tree)})
+            checkpointer.save(path, args=items, custom_metadata=custom)
+    else:
+        with v0.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree, custom_metadata=custom)
+
+
+def _adapter(
+    path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
+) -> Adapter:
+    custom = custom_metadata(folder, place.item)
+    given, options = options.get("alpha"), completed(path, options, custom, place)
+    try:
+        adapter = trees.from_state(tree, **options)
+    except ValueError as error:
+        raise type(error)("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    check_alpha(path, adapter, given, stored_alpha(path, custom, place))
+    base_model = custom.get("jaxmerge", {}).get("base_model")
+    provenance = {
+        "path": str(path),
+        "step": folder.name if is_step(folder) else None,
+        "item": place.item,
+        "alpha": options.get("alpha"),
+        **known,
+    }
+    metadata = dataclasses.replace(
+        adapter.metadata,
+        name=str(path),
+        base_model=base_model if isinstance(base_model, str) else None,
+        place=place,
+        config=json.dumps({key: value for key, value in custom.items() if key != "jaxmerge"}),
+        provenance=json.dumps(provenance),
+    )
+    return dataclasses.replace(adapter, metadata=metadata)
+
+
+def _restore(folder: Path, name: str | None, shapes: Any, mesh: Mesh | None) -> Any:
+    """The arrays: on the host, since the shardings they were saved with are another machine's; or on a mesh."""
+    from orbax.checkpoint import v1 as ocp
+
+    def target(leaf: Any) -> Any:
+        if mesh is None:
+            return np.empty(leaf.shape, leaf.dtype)
+        spec = getattr(getattr(leaf, "sharding_metadata", None), "partition_spec", None) or ()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=fitting(mesh, spec, leaf.shape))
+
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        named = {} if name is None else {"checkpointable_name": name}
+        return ocp.load(str(folder), jax.tree.map(target, shapes), **named)
+
+
+def _digest(tree: Any) -> str:
+    """A hash of names and numbers: the files' own bytes depend on how many processes wrote them."""
+    digest = hashlib.sha256()
+    for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        digest.update(f"{jax.tree_util.keystr(key)} {leaf.dtype} {leaf.shape}".encode())
+        if (spread := placement(leaf)) is not None:
+            leaf = gathered(leaf, spread.mesh).addressable_data(0)
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
