@@ -281,6 +281,23 @@ def test_scanned_layers_whose_sizes_leave_it_open_are_not_guessed(tmp_path):
     assert jm.load(tmp_path / "a", scan_axis=1).modules["decoder.layers.query"].batch == (2,)
 
 
+def test_a_tree_in_memory_is_written_as_the_format_that_is_named(tmp_path):
+    jm.save(jm.from_state(lora_state()), tmp_path / "nnx", format="nnx")
+    tree = v1.load(str(tmp_path / "nnx"), checkpointable_name="state")
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(lora_state()), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert jm.load(tmp_path / "nnx").modules.keys() == jm.from_state(lora_state()).modules.keys()
+    jm.save(jm.from_state(qwix_like(0), alpha=8.0), tmp_path / "tunix", format="tunix")
+    assert (tmp_path / "tunix" / "0" / "model_params").is_dir()
+    again, source = jm.load(tmp_path / "tunix"), jm.from_state(qwix_like(0), alpha=8.0)
+    for path, lora in source.modules.items():
+        np.testing.assert_array_equal(jm.delta(again.modules[path]), jm.delta(lora))
+    with pytest.raises(ValueError, match="to_state gives it back"):
+        jm.save(source, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="give a layout"):
+        jm.save(source, tmp_path / "nowhere", format="nnx")
+
+
 def test_what_jaxmerge_wrote_knows_where_its_layers_lie(tmp_path):
     query = {"kernel_lora_a": np.ones((2, 2, 2), np.float32), "kernel_lora_b": np.ones((2, 2, 4), np.float32)}
     save_standard(tmp_path / "a", {"decoder": {"layers": {"query": query}}})

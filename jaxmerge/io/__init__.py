@@ -125,8 +125,8 @@ def save(
         format: ``"peft"``, ``"tunix"``, ``"maxtext"``, ``"nnx"``, ``"qwix"``, ``"gemma"``, ``"openpi"``; or None for
             the format and layout the adapter came in. Formats that hold no alpha get the scale folded into B, so that
             alpha equal to the rank restores it.
-        layout: To write another format than the adapter came in: the model's name in `LAYOUTS`, or a JSON file with
-            a table of your own (see `jaxmerge.layouts.Row`).
+        layout: To write another kind of tree than the adapter came in: the model's name in
+            `jaxmerge.layouts.LAYOUTS`, or a JSON file with a table of your own (see `jaxmerge.layouts.Row`).
         head_dim: The size of one attention head, where the format keeps heads apart.
         layers: How many layers the model has, where the format stacks them and the adapter has not all of them.
         force: Replace a folder that is an adapter itself. Files in a PEFT folder that are neither PEFT's nor
@@ -142,6 +142,7 @@ def save(
     """
     conversion = Conversion(format, layout, head_dim, layers)
     target = _path(path)
+    adapter = convert.placed(adapter, conversion)
     check_target([adapter], target, conversion, force)
     _check_values(adapter)
     written = convert.convert(_with_energy(adapter), conversion)
@@ -234,7 +235,7 @@ def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion
     if writer is orbax and not converts and metadata.place is None:
         raise ValueError(
             f"the adapter is a tree in memory, of format {metadata.format}: to_state gives it back, and files are "
-            "written in the layout of those that were read, or of a format= and layout="
+            "written in the layout of those that were read, or of a format= with that of its tree"
         )
 
 

@@ -14,7 +14,7 @@ from jaxmerge.io.convert.pieces import settle
 from jaxmerge.io.convert.targets import TARGETS, Target
 from jaxmerge.layouts import Conversion
 
-__all__ = ["TARGETS", "Target", "check", "convert", "target_metadata", "wanted"]
+__all__ = ["TARGETS", "Target", "check", "convert", "placed", "target_metadata", "wanted"]
 
 
 def wanted(metadata: Metadata, conversion: Conversion) -> bool:
@@ -58,6 +58,18 @@ def check(adapters: Sequence[Adapter], conversion: Conversion) -> bool:
         metadata = dataclasses.replace(one.metadata, layouts=layouts)
         settle(Adapter(modules=modules, extras=extras, metadata=metadata), conversion)
     return needed
+
+
+def placed(adapter: Adapter, conversion: Conversion) -> Adapter:
+    """A tree that was made in memory with the place of the format it is to be written in; any other as it is."""
+    metadata, target = adapter.metadata, TARGETS.get(str(conversion.format))
+    if metadata.tree is None or metadata.place is not None or conversion.layout is not None or target is None:
+        return adapter
+    if target.tree != metadata.format:
+        return adapter
+    return dataclasses.replace(
+        adapter, metadata=dataclasses.replace(metadata, place=target.place, config=target.config)
+    )
 
 
 def target_metadata(format: str) -> Metadata:
