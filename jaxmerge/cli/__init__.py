@@ -187,7 +187,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _alpha(text: str) -> float | str:
-    return text if text == "rank" else float(text)
+    try:
+        return text if text == "rank" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"alpha is a number, or rank, got {text}") from None
 
 
 def _scan_axis(text: str) -> int | str:
