@@ -219,11 +219,12 @@ def nonfinite_modules(adapter: Adapter) -> list[str]:
     return [
         path
         for path, lora in adapter.modules.items()
-        if not all(_finite(leaf) for leaf in (lora.a, lora.b, lora.scale, lora.bias) if leaf is not None)
+        if not all(is_finite(leaf) for leaf in (lora.a, lora.b, lora.scale, lora.bias) if leaf is not None)
     ]
 
 
-def _finite(leaf: ArrayLike) -> bool:
+def is_finite(leaf: ArrayLike) -> bool:
+    """Whether a leaf holds no NaN or inf, as far as its values are known now."""
     if not has_values(leaf):
         return True
     if not on_host(leaf):

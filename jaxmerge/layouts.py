@@ -38,8 +38,8 @@ PLAIN_PARAMETERS = ("kernel", "w", "0", "embedding", "embeddings")
 class Row:
     """A module of PEFT's and the parameter of a tree that is the same weight.
 
-    Paths are dotted and have placeholders: ``{layer}`` stands for a number, ``{block*6+2}`` for one that is twice
-    and six times another number, ``{kv=k|v}`` for one of several names. A placeholder of `peft` that `tree` does not
+    Paths are dotted and have placeholders: ``{layer}`` stands for a number, ``{block*6+2}`` for two more
+    than six times a number, ``{kv=k|v}`` for one of several names. A placeholder of `peft` that `tree` does not
     have is an axis of the parameter.
 
     Axes are names, separated by spaces, slowest first. ``head_dim`` is the size of one attention head.
@@ -218,11 +218,7 @@ def _maxtext(
     ]
 
 
-def _maxtext_scanned(hf: str = _HF, rotary: bool = False, scaled: bool = False) -> tuple[Row, ...]:
-    return tuple(_maxtext(hf, "decoder.layers", "layer", rotary, scaled))
-
-
-def _maxtext_unscanned(hf: str = _HF, rotary: bool = False, scaled: bool = False) -> tuple[Row, ...]:
+def _maxtext_unscanned(hf: str, rotary: bool = False, scaled: bool = False) -> tuple[Row, ...]:
     # A list of nnx has its numbers in keys of their own.
     blocks = ("decoder.layers_{layer}", "decoder.layers.{layer}")
     return tuple(row for block in blocks for row in _maxtext(hf, block, "", rotary, scaled))
@@ -239,18 +235,23 @@ def _maxtext_gemma2(scanned: bool) -> tuple[Row, ...]:
     )
 
 
+_GEMMA3_BLOCK = 6
+
+
 def _maxtext_gemma3(hf: str, layers: int) -> tuple[Row, ...]:
     """Layers come in sixes, scanned, and what is left of them is not."""
-    blocks, rest = divmod(layers, 6)
+    blocks, rest = divmod(layers, _GEMMA3_BLOCK)
     scanned = [
         row
-        for slot in range(6)
-        for row in _maxtext(hf.format(layer=f"{{block*6+{slot}}}"), f"decoder.layers.layers_{slot}", "block")
+        for slot in range(_GEMMA3_BLOCK)
+        for row in _maxtext(
+            hf.format(layer=f"{{block*{_GEMMA3_BLOCK}+{slot}}}"), f"decoder.layers.layers_{slot}", "block"
+        )
     ]
     remainder = [
         row
         for slot in range(rest)
-        for row in _maxtext(hf.format(layer=6 * blocks + slot), f"decoder.layers_remainder.layers_{slot}")
+        for row in _maxtext(hf.format(layer=_GEMMA3_BLOCK * blocks + slot), f"decoder.layers_remainder.layers_{slot}")
     ]
     return (*remainder, *scanned)
 
@@ -267,24 +268,20 @@ def _gemma3(hf: str) -> dict[str, Table]:
     }
 
 
-def _plain() -> dict[str, Table]:
-    return {"tunix": _TUNIX_LLAMA, "maxtext": _maxtext_scanned(), "maxtext-unscanned": _maxtext_unscanned()}
+def _plain(rotary: bool = False, scaled: bool = False) -> dict[str, Table]:
+    return {
+        "tunix": _TUNIX_LLAMA,
+        "maxtext": tuple(_maxtext(_HF, "decoder.layers", "layer", rotary, scaled)),
+        "maxtext-unscanned": _maxtext_unscanned(_HF, rotary, scaled),
+    }
 
 
 # Model -> format -> table, or a function of the model's number of layers that gives it.
 LAYOUTS: Mapping[str, Mapping[str, Table]] = {
     # From Llama 3.1 on MaxText interleaves the halves of rotary pairs, and all its Llamas have queries divided by
     # √head_dim in the weights.
-    "llama3": {
-        "tunix": _TUNIX_LLAMA,
-        "maxtext": _maxtext_scanned(rotary=True, scaled=True),
-        "maxtext-unscanned": _maxtext_unscanned(rotary=True, scaled=True),
-    },
-    "llama3.0": {
-        "tunix": _TUNIX_LLAMA,
-        "maxtext": _maxtext_scanned(scaled=True),
-        "maxtext-unscanned": _maxtext_unscanned(scaled=True),
-    },
+    "llama3": _plain(rotary=True, scaled=True),
+    "llama3.0": _plain(scaled=True),
     "qwen2": _plain(),
     "qwen3": _plain(),
     "gemma2": {
@@ -297,6 +294,11 @@ LAYOUTS: Mapping[str, Mapping[str, Table]] = {
     # As transformers calls the layers of the models that also see pictures.
     "gemma3-multimodal": _gemma3("model.language_model.layers.{layer}"),
 }
+
+
+def rows_of_scanned(table: Table, layers: int) -> tuple[Row, ...]:
+    """The rows of a table for a tree whose scans have so many layers, with any remainder that there may be."""
+    return table(_GEMMA3_BLOCK * layers + _GEMMA3_BLOCK - 1) if callable(table) else table
 
 
 def tables(layout: str) -> Mapping[str, Table]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxmerge import lapack
-from jaxmerge.base import Adapter, LoRA
+from jaxmerge.base import Adapter, LoRA, is_finite
 
 
 def spectra(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -28,7 +28,7 @@ def _squared_singular_values(lora: LoRA) -> np.ndarray:
     say how much of the energy a rank keeps, and costs two thin products.
     """
     a, b = (np.asarray(factor).astype(np.float32) for factor in (lora.a, lora.b))
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (is_finite(a) and is_finite(b)):
         return np.full((*lora.batch, lora.rank), np.nan)
     # In float64 where the squares of large numbers would leave float32.
     if max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)) > 1e15:

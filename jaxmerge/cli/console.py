@@ -50,6 +50,16 @@ def report_problems(problems: Sequence[str], as_json: bool) -> int:
     return 1
 
 
+def report_error(error: ValueError | OSError | MemoryError, as_json: bool) -> int:
+    """Tells why a command could not read or write an adapter; returns the exit code 1."""
+    if isinstance(error, ValueError):
+        return report_problems(str(error).splitlines(), as_json)
+    what = "out of memory"
+    if isinstance(error, OSError):
+        what = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+    return report_problems([f"{what}; nothing was written"], as_json)
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Any]:
     """A progress bar on standard error, if that is a terminal; yields a function that advances it."""

@@ -8,28 +8,26 @@ from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, nonfinite_modules
-from jaxmerge.cli.console import conversion, out, pattern, print_json, reading, report_problems, table
+from jaxmerge.cli.console import conversion, out, pattern, print_json, reading, report_error, report_problems, table
+from jaxmerge.layouts import Conversion
 
 
 def run(options: argparse.Namespace) -> int:
     """Converts; returns 1, with nothing written, if something is wrong with the input."""
     try:
         source, target = Path(options.input), Path(options.output)
-        how = io.Conversion(**conversion(options))
         options.adapters = [options.input]
         if problems := io.overlap_problems([source], target):
             return report_problems(problems, options.json)
-        io.check_target([io.peek(source, **reading(options, 0))], target, how, options.force)
+        io.check_target(
+            [io.peek(source, **reading(options, 0))], target, Conversion(**conversion(options)), options.force
+        )
         adapter = io.load(source, **reading(options, 0))
         if broken := nonfinite_modules(adapter):
             return report_problems([f"{source}: NaN or inf in {broken[0]}"], options.json)
-        converted = io.convert.convert(adapter, how)
-        io.save(converted, target, force=options.force)
-    except ValueError as error:
-        return report_problems(str(error).splitlines(), options.json)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return report_problems([f"{where}{error.strerror or error}; nothing was written"], options.json)
+        converted = io.save(adapter, target, force=options.force, **conversion(options))
+    except (ValueError, OSError, MemoryError) as error:
+        return report_error(error, options.json)
     summary = summarise(options, adapter, converted)
     if options.json:
         print_json(summary)

@@ -23,6 +23,7 @@ from jaxmerge.cli.console import (
     print_json,
     progress,
     reading,
+    report_error,
     report_problems,
     span,
     table,
@@ -57,15 +58,12 @@ def run(options: argparse.Namespace) -> int:
                 advance(len(step.paths))
         merged = _with_seed(plan.finish(results), options.seed)
         written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
-    except ValueError as error:
-        return report_problems(str(error).splitlines(), options.json)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return report_problems([f"{where}{error.strerror or error}; nothing was written"], options.json)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (ValueError, OSError, MemoryError) as error:
+        return report_error(error, options.json)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return report_problems(["out of memory; nothing was written"], options.json)
+        return report_error(MemoryError(), options.json)
     summary = summarise(options, adapters, merged, written)
     if options.json:
         print_json(summary)

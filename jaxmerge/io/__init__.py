@@ -101,10 +101,7 @@ def is_orbax(path: Path) -> bool:
     """Whether a folder looks like an Orbax checkpoint, a step, or a manager's root; imports nothing to tell."""
     if not path.is_dir() or any((path / name).is_file() for name in (peft.WEIGHTS, peft.PICKLED)):
         return False
-    marks = ("_CHECKPOINT_METADATA", "_METADATA", "orbax.checkpoint")
-    return any((path / mark).exists() for mark in marks) or any(
-        entry.name.isdecimal() or ".orbax-checkpoint-tmp" in entry.name for entry in path.iterdir()
-    )
+    return orbax.looks_like_one(path)
 
 
 def save(
@@ -122,9 +119,8 @@ def save(
     Args:
         adapter: Of concrete arrays.
         path: The folder; missing parents are made.
-        format: ``"peft"``, ``"tunix"``, ``"maxtext"``, ``"nnx"``, ``"qwix"``, ``"gemma"``, ``"openpi"``; or None for
-            the format and layout the adapter came in. Formats that hold no alpha get the scale folded into B, so that
-            alpha equal to the rank restores it.
+        format: A name in `jaxmerge.catalog.FORMATS`, or None for the format and layout the adapter came in. Formats
+            that hold no alpha get the scale folded into B, so that alpha equal to the rank restores it.
         layout: To write another kind of tree than the adapter came in: the model's name in
             `jaxmerge.layouts.LAYOUTS`, or a JSON file with a table of your own (see `jaxmerge.layouts.Row`).
         head_dim: The size of one attention head, where the format keeps heads apart.

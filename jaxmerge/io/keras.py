@@ -87,10 +87,7 @@ def load(path: Path, alpha: trees.Alpha = None, **options: Any) -> Adapter:
             tree = {name: {key: np.asarray(array) for key, array in group.items()} for name, group in layers.items()}
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not a .lora.h5 file of Keras's: {atomic.one_line(error)}") from None
-    try:
-        adapter = trees.from_state(tree, alpha="rank" if alpha is None else alpha, layout="keras")
-    except ValueError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    adapter = trees.from_file(path, tree, alpha="rank" if alpha is None else alpha, layout="keras")
     record = {"path": str(path), "sha256": hashlib.sha256(data).hexdigest()}
     metadata = dataclasses.replace(adapter.metadata, name=str(path), place=File(), provenance=json.dumps(record))
     return dataclasses.replace(adapter, metadata=metadata)

@@ -89,7 +89,7 @@ def read_headers(path: Path) -> Headers:
             `Headers.contents`.
     """
     folder = find_folder(path)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
         weights = folder / WEIGHTS
         tensors = _read_safetensors_header(weights)
@@ -104,7 +104,12 @@ def read_headers(path: Path) -> Headers:
     return Headers(folder, weights, config, tensors, read_contents(config, tensors))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of an adapter_config.json.
+
+    Raises:
+        ValueError: If it cannot be read, or is no JSON object.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

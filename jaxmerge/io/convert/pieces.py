@@ -13,7 +13,7 @@ from jaxmerge.base import Adapter
 from jaxmerge.io.convert.regroup import missing_size
 from jaxmerge.io.convert.targets import TARGETS, Target
 from jaxmerge.io.trees import TREE_FORMATS, Rule, TreeLayout, layout_of
-from jaxmerge.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, tables
+from jaxmerge.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, rows_of_scanned, tables
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ def settle(adapter: Adapter, conversion: Conversion) -> tuple[list[Piece] | None
 
 def _table_of(adapter: Adapter, known: Mapping[str, Table], problems: list[str]) -> Sequence[Row]:
     """The table that knows all of a tree's modules."""
-    # A table that depends on the number of layers scans all but the last few of them.
     scanned = max((kind.batch[0] for _, kind in adapter.metadata.layouts if kind.batch), default=0)
-    tried = [table(6 * scanned + 5) if callable(table) else table for table in known.values()]
+    tried = [rows_of_scanned(table, scanned) for table in known.values()]
     strangers = [
         [path for path in adapter.modules if all(match(row.module, path) is None for row in rows)] for rows in tried
     ]

@@ -16,10 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge.base import Adapter, on_host
-from jaxmerge.io import atomic, keras, trees
+from jaxmerge.io import atomic, keras, peft, trees
 from jaxmerge.io.orbax.places import (
     MODEL_CONFIG,
-    SIDECAR,
     Place,
     absolute,
     custom_metadata,
@@ -27,11 +26,12 @@ from jaxmerge.io.orbax.places import (
     is_remote,
     is_replaceable,
     is_step,
+    looks_like_one,
 )
 from jaxmerge.io.orbax.records import check_alpha, completed, is_of_one_rank, stored_alpha, with_rank
 from jaxmerge.sharding import first_process, fitting, gathered, placement
 
-__all__ = ["Place", "check_target", "is_of_one_rank", "is_remote", "load", "peek", "save"]
+__all__ = ["Place", "check_target", "is_of_one_rank", "is_remote", "load", "looks_like_one", "peek", "save"]
 
 
 def load(path: Path, item: str | None = None, mesh: Mesh | None = None, **options: Any) -> Adapter:
@@ -137,7 +137,7 @@ def _write(path: Path, place: Place, tree: Any, custom: Any) -> None:
 
     if place.sidecar and place.step is not None and first_process():
         path.mkdir(parents=True)
-        (path / SIDECAR).write_text(place.sidecar)
+        (path / peft.CONFIG).write_text(place.sidecar)
     if place.model_config and place.step is not None:
         items = {str(place.item): tree, MODEL_CONFIG: {"config": place.model_config}}
         with v1.training.Checkpointer(str(path)) as checkpointer:
@@ -161,12 +161,10 @@ def _adapter(
     path: Path, folder: Path, place: Place, tree: Any, known: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Adapter:
     custom = custom_metadata(folder, place.item)
-    given, options = options.get("alpha"), completed(path, options, custom, place)
-    try:
-        adapter = trees.from_state(tree, **options)
-    except ValueError as error:
-        raise type(error)("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
-    check_alpha(path, adapter, given, stored_alpha(path, custom, place))
+    given, stored = options.get("alpha"), stored_alpha(path, custom, place)
+    options = completed(options, custom, stored)
+    adapter = trees.from_file(path, tree, **options)
+    check_alpha(path, adapter, given, stored)
     base_model = custom.get("jaxmerge", {}).get("base_model")
     provenance = {
         "path": str(path),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxmerge.io import atomic, trees
+from jaxmerge.io import atomic, peft, trees
 
 # Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
 _NOT_ADAPTERS = (
@@ -19,8 +19,6 @@ _MARKS = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "_ME
 _FLAT = ("_sharding", "_strings.json", "array_metadatas", "d", "manifest.ocdbt")
 # In the names of what it has not finished.
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# Beside the older checkpoints of MaxText: the rank and alpha of an adapter, as PEFT has them.
-SIDECAR = "adapter_config.json"
 # Beside the trees of Keras: the model's own configuration, as a string.
 MODEL_CONFIG = "model_config"
 
@@ -33,7 +31,7 @@ class Place:
         step: The step under the path that was given; None if that was the checkpoint itself.
         item: Its name in the checkpoint; None for a checkpoint without items.
         marked: Whether it was saved by the function `save` of Orbax's v1, which marks its folders.
-        sidecar: The adapter_config.json beside the steps, or empty.
+        sidecar: The adapter_config.json beside the steps, as MaxText's older form has one, or empty.
         model_config: Of Keras's, the configuration of the model in an item of its own, or empty.
     """
 
@@ -64,10 +62,15 @@ def find(path: Path, item: str | None) -> tuple[Path, Place, Any, list[str]]:
     items = _items(folder, path)
     name = _chosen(items, item, path, folder)
     step = int(folder.name) if below_root else None
-    sidecar = folder.parent / SIDECAR
-    text = _sidecar(sidecar) if is_step(folder) and sidecar.is_file() else ""
+    sidecar = folder.parent / peft.CONFIG
+    text = json.dumps(peft.read_config(sidecar)) if is_step(folder) and sidecar.is_file() else ""
     marked = (folder / "orbax.checkpoint").exists()
     return folder, Place(step, name, marked, text, _model_config(folder)), *items[name]
+
+
+def looks_like_one(folder: Path) -> bool:
+    """Whether a folder seems to be a checkpoint, or the root of some; imports nothing to tell."""
+    return _is_checkpoint(folder) or any(is_step(entry) or _UNFINISHED in entry.name for entry in folder.iterdir())
 
 
 def _step(folder: Path, path: Path) -> Path:
@@ -152,16 +155,6 @@ def _chosen(items: Mapping[str | None, Any], item: str | None, path: Path, folde
     return candidates[0]
 
 
-def _sidecar(path: Path) -> str:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {atomic.one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is not a JSON object")
-    return json.dumps(found)
-
-
 def _model_config(folder: Path) -> str:
     from orbax.checkpoint import v1 as ocp
 
@@ -193,7 +186,9 @@ def is_replaceable(folder: Path) -> bool:
     steps = _steps(folder)
     unfinished = [entry for entry in folder.iterdir() if _UNFINISHED in entry.name]
     if steps or unfinished:
-        others = [entry for entry in folder.iterdir() if entry not in (*steps, *unfinished) and entry.name != SIDECAR]
+        others = [
+            entry for entry in folder.iterdir() if entry not in (*steps, *unfinished) and entry.name != peft.CONFIG
+        ]
         return not others and len(steps) <= 1 and all("jaxmerge" in custom_metadata(step, None) for step in steps)
     items = _item_folders(folder)
     return len(items) == 1 and not {entry.name for entry in folder.iterdir()} - {*items, *_MARKS}

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.base import Adapter, Metadata
-from jaxmerge.io import keras, trees
-from jaxmerge.io.orbax.places import SIDECAR, Place
+from jaxmerge.io import keras, peft, trees
+from jaxmerge.io.orbax.places import Place
 
 
-def completed(path: Path, options: Mapping[str, Any], custom: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def completed(options: Mapping[str, Any], custom: Mapping[str, Any], stored: trees.Alpha) -> dict[str, Any]:
     """The options, with what is written down beside the tree where they leave it open."""
     alpha, scan_axis, layout = options.get("alpha"), options.get("scan_axis"), options.get("layout")
-    stored = stored_alpha(path, custom, place)
     ours = custom.get("jaxmerge", {}).get("format")
     if layout is None and options.get("pattern") is None and isinstance(ours, str) and ours in trees.TREE_FORMATS:
         layout = ours
@@ -31,7 +30,7 @@ def stored_alpha(path: Path, custom: Mapping[str, Any], place: Place) -> trees.A
     lora = custom.get("lora")
     sources = {
         "lora.lora_alpha in its custom metadata": lora.get("lora_alpha") if isinstance(lora, dict) else None,
-        f"lora_alpha in its {SIDECAR}": json.loads(place.sidecar or "{}").get("lora_alpha"),
+        f"lora_alpha in its {peft.CONFIG}": json.loads(place.sidecar or "{}").get("lora_alpha"),
     }
     for where, value in sources.items():
         if value is None or value == 0:  # MaxText's word for one that was never set.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, on_host, precision
+from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, is_finite, on_host, precision
 from jaxmerge.io.trees.axes import ScanAxis, TreeLayout, find_layout, layout_of, leaf_a, leaf_b, to_lora
 from jaxmerge.io.trees.formats import TREE_FORMATS, PatternRule, Rule, TreeFormat
 from jaxmerge.layouts import PLAIN_PARAMETERS
@@ -31,6 +31,7 @@ __all__ = [
     "ScanAxis",
     "Tree",
     "TreeLayout",
+    "from_file",
     "from_state",
     "layout_of",
     "longest_tail",
@@ -125,6 +126,14 @@ def from_state(
     return Adapter(modules=modules, extras=extras, metadata=metadata)
 
 
+def from_file(path: Any, state: Any, **options: Any) -> Adapter:
+    """`from_state` of a tree that was read from a path, which its errors name."""
+    try:
+        return from_state(state, **options)
+    except ValueError as error:
+        raise type(error)("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
 def _scale(path: str, rank: int, alpha: Alpha) -> float:
     if isinstance(alpha, Mapping):
         return alpha[str(longest_tail(path, alpha))] / rank
@@ -167,7 +176,7 @@ def lost_in_scaling(lora: LoRA, scaled: Any) -> str:
     if not (on_host(lora.b) and on_host(lora.scale) and on_host(scaled)):
         return ""
     before, after = np.asarray(lora.b), np.asarray(scaled)
-    if not np.isfinite(after.astype(np.float64)).all() and np.isfinite(before.astype(np.float64)).all():
+    if not is_finite(after) and is_finite(before):
         return f"times its scale holds numbers too large for {after.dtype}"
     if before.any() and not after.any() and float(np.asarray(lora.scale)) != 0:
         return f"times its scale is too small for {after.dtype}: it became 0"
