@@ -64,7 +64,7 @@ class LoRA:
         return f"LoRA({sizes}, rank {self.rank}, {self.a.dtype})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("total", "lost"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("total", "lost", "missed"), meta_fields=())
 @dataclass(frozen=True, eq=False)
 class Energy:
     """What a truncation cost, in squared Frobenius norms of the weight change.
@@ -72,10 +72,12 @@ class Energy:
     Attributes:
         total: Scalar; of the merge before truncation.
         lost: Scalar; of what the truncation removed. 0 where the merge is exact.
+        missed: Scalar; no more of that than this would the best truncation have kept. 0 where it was the best.
     """
 
     total: Array | float
     lost: Array | float
+    missed: Array | float = 0.0
 
     @property
     def kept(self) -> Array:

@@ -49,6 +49,9 @@ class Method:
         equivariant: Whether it commutes with rotations of both sides of the tasks. In the space ``full`` it
             is then computed on the R×R core, exactly.
         random: Whether it takes a key.
+        pruning: ``"magnitude"`` or ``"random"`` where it prunes each task so and then combines them entry by entry.
+            Dense deltas are then merged a few rows at a time.
+        combine: ``module:name`` of that function ``(tasks [n, ...], weights [n], **choices) -> [...]``.
         hyperparameters: In the order of the signature.
     """
 
@@ -60,11 +63,17 @@ class Method:
     linear: bool = False
     equivariant: bool = False
     random: bool = False
+    pruning: Literal["", "magnitude", "random"] = ""
+    combine: str = ""
     hyperparameters: tuple[Hyperparameter, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
         return _imported(self.function)
+
+    def load_combine(self) -> Callable[..., Any]:
+        """Imports the function that combines tasks once they are pruned."""
+        return _imported(self.combine)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,8 @@ METHODS: Mapping[str, Method] = {
         paper="TIES-Merging, arXiv:2306.01708",
         function="jaxmerge.methods.sign_consensus:ties",
         averages=True,
+        pruning="magnitude",
+        combine="jaxmerge.methods.sign_consensus:agree",
         hyperparameters=(_DENSITY, _MAJORITY),
     ),
     "dare_linear": Method(
@@ -132,6 +143,8 @@ METHODS: Mapping[str, Method] = {
         paper="DARE, arXiv:2311.03099",
         function="jaxmerge.methods.arithmetic:dare_linear",
         random=True,
+        pruning="random",
+        combine="jaxmerge.methods.arithmetic:sum_weighted",
         hyperparameters=(_DENSITY,),
     ),
     "dare_ties": Method(
@@ -140,12 +153,16 @@ METHODS: Mapping[str, Method] = {
         function="jaxmerge.methods.sign_consensus:dare_ties",
         averages=True,
         random=True,
+        pruning="random",
+        combine="jaxmerge.methods.sign_consensus:agree",
         hyperparameters=(_DENSITY, _MAJORITY),
     ),
     "magnitude_prune": Method(
         summary="keep each task's largest entries, weighted sum",
         paper="PEFT, peft.utils.merge_utils",
         function="jaxmerge.methods.arithmetic:magnitude_prune",
+        pruning="magnitude",
+        combine="jaxmerge.methods.arithmetic:sum_weighted",
         hyperparameters=(_DENSITY,),
     ),
 }

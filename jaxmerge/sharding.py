@@ -30,6 +30,13 @@ def over_modules(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
+def on_all_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Runs a function of arrays on all devices of a mesh at once, which share its work by collectives of their own."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+
+
 def device_count(mesh: Mesh | None) -> int:
     """The number of devices modules are spread over."""
     return 1 if mesh is None else mesh.size

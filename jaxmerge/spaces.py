@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxmerge.base import Array, Energy
-from jaxmerge.lowrank import balanced, lift_core, squared_norm, thin_qr, truncate, truncated_svd
+from jaxmerge.lowrank import Matrix, balanced, lift_core, squared_norm, thin_qr, truncate, truncated_svd
 
 
 class Factors(NamedTuple):
@@ -71,6 +71,7 @@ class Space:
         full_rank: Whether results have, in general, the full rank min(out, in), so that factors of the
             sources' rank hold only a part.
         equal_ranks: Whether the adapters must have one rank.
+        dense: Whether the tasks are the deltas themselves, which can be formed and merged a few rows at a time.
     """
 
     project: Callable[[Factors, Array], tuple[Sequence[TaskSet], Any]]
@@ -79,6 +80,7 @@ class Space:
     capacity: Callable[[Sequence[int], int, int], int]
     full_rank: bool = False
     equal_ranks: bool = False
+    dense: bool = False
 
 
 def _matmul(x: Array, y: Array) -> Array:
@@ -92,7 +94,7 @@ def _project_dense(factors: Factors, weights: Array) -> tuple[Sequence[TaskSet],
 
 def _lift_dense(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
     del frame
-    u, s, vt, energy = truncated_svd(merged[0], rank)
+    u, s, vt, energy = truncated_svd(Matrix(merged[0]), rank)
     return Lifted(*balanced(u, s, vt), energy)
 
 
@@ -166,6 +168,7 @@ FULL = Space(
     numbers=lambda ranks, out, in_: (len(ranks) + 3) * out * in_,
     capacity=lambda ranks, out, in_: min(out, in_),
     full_rank=True,
+    dense=True,
 )
 
 FULL_ROTATED = Space(

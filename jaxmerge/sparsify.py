@@ -1,7 +1,6 @@
 """Which entries of a tensor survive: exact top-k by magnitude, and random dropping.
 
-The k-th magnitude is found by bisecting on the bits of ``|x|``, one counting pass per bit. Counts are
-integers, so the result is the same under any sharding, and on a CPU it is several times faster than a sort.
+A pruning knows what happens to an entry from its value and its flat index, so that a tensor can be pruned in parts.
 """
 
 import functools
@@ -13,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.random import threefry2x32_p
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxmerge.base import Array, has_values, promote
+from jaxmerge.selection import Cut, cut_largest, flat_index
 
 PruneMethod = Literal["magnitude", "random"]
 
-_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+_WIDTHS = (2, 4, 8)  # Bytes of the floats that can be pruned.
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value", "count"), meta_fields=())
@@ -107,16 +108,17 @@ def prune(
     tensor = as_floating(tensor)
     bound = bind_density(density, tensor.size)
     if method == "magnitude":
-        return _prune_magnitude(tensor, bound.count)
+        return _prune(tensor, Largest(cut_largest(tensor, bound.count)))
     if method == "random":
-        return _prune_random(tensor, bound.value, jnp.asarray(rescale, bool), need_key(key, "random pruning"))
+        key = need_key(key, "random pruning")
+        return _prune(tensor, AtRandom(bound.value, jnp.asarray(rescale, bool), key))
     raise ValueError(f"Unknown method {method!r}: prune knows 'magnitude' and 'random'")
 
 
 def as_floating(tensor: ArrayLike) -> Array:
     """The tensor as a JAX array; a ValueError if it is not of 16 to 64-bit floating point."""
     array = jnp.asarray(tensor)
-    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in _UNSIGNED:
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in _WIDTHS:
         raise ValueError(f"expected a tensor of 16, 32 or 64-bit floats, got dtype {array.dtype}")
     return array
 
@@ -140,87 +142,84 @@ def need_key(key: Array | None, what: str) -> Array:
     """The key, or a ValueError that says what wanted it."""
     if not isinstance(key, jax.Array):
         raise ValueError(f"{what} draws random numbers: pass key=jax.random.key(seed), not {key!r}")
-    return key
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-@jax.jit
-def _prune_magnitude(tensor: Array, count: Array) -> Array:
-    return jnp.where(largest(tensor, count), tensor, jnp.zeros_like(tensor))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("cut",), meta_fields=())
+@dataclass(frozen=True, eq=False)
+class Largest:
+    """Pruning by magnitude.
 
-
-@jax.jit
-def _prune_random(tensor: Array, density: Array, rescale: Array, key: Array) -> Array:
-    survives = jax.random.uniform(key, tensor.shape, jnp.float32) < density.astype(jnp.float32)
-    # Divided in float32 at least, as torch does for half types; and entry by entry, since XLA would turn a
-    # division by one scalar into a multiplication by its reciprocal.
-    wide = promote(tensor.dtype, jnp.float32)
-    dividing = survives & rescale & (density > 0) & (density < 1)
-    divisor = jnp.where(dividing, density.astype(wide), jnp.ones((), wide))
-    return jnp.where(survives, round_to(tensor.astype(wide) / divisor, tensor.dtype), jnp.zeros_like(tensor))
-
-
-def largest(tensor: Array, count: ArrayLike) -> Array:
-    """The mask of the ``count`` entries of largest magnitude.
-
-    Args:
-        tensor: Floating-point array of any shape.
-        count: Scalar integer, may be traced.
-
-    Returns:
-        Boolean array of the tensor's shape with exactly ``count`` true entries. Equal magnitudes are taken
-        in order of their flat index; NaN ranks below everything.
+    Attributes:
+        cut: ``[*batch]``, where the survivors of each tensor end.
     """
-    count = jnp.asarray(count, jnp.int32)
-    order = _magnitude_order(lax.stop_gradient(tensor))
-    threshold = _kth_largest(order, count)
-    above = order > threshold
-    ties = order == threshold
-    wanted = count - jnp.sum(above, dtype=jnp.int32)
-    index = _flat_index(tensor.shape)
-    return above | (ties & (index < _cutoff(ties, index, wanted)))
+
+    cut: Cut
+
+    def apply(self, tensors: Array, index: Array) -> Array:
+        """Zeroes what does not survive.
+
+        Args:
+            tensors: ``[*batch, *shape]``, the tensors or a part of each.
+            index: ``[*shape]`` int32, the flat index of each entry in its tensor.
+
+        Returns:
+            As the tensors.
+        """
+        return jnp.where(self.cut.keeps(tensors, index), tensors, jnp.zeros_like(tensors))
 
 
-def _magnitude_order(tensor: Array) -> Array:
-    """Unsigned integers that rank as ``|x|`` does, with NaN at 0. The top bit is never set."""
-    bits = lax.bitcast_convert_type(jnp.abs(tensor), _UNSIGNED[tensor.dtype.itemsize])
-    return jnp.where(jnp.isnan(tensor), jnp.zeros_like(bits), bits + jnp.ones_like(bits))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("density", "rescale", "keys"), meta_fields=())
+@dataclass(frozen=True, eq=False)
+class AtRandom:
+    """Random dropping.
+
+    Attributes:
+        density: Scalar, the probability that an entry survives.
+        rescale: Scalar boolean, whether survivors are divided by it.
+        keys: ``[*batch]`` keys, one for every tensor.
+    """
+
+    density: Array
+    rescale: Array
+    keys: Array
+
+    def apply(self, tensors: Array, index: Array) -> Array:
+        """Zeroes what does not survive, as `Largest.apply`; each entry's fate hangs on its flat index alone."""
+        survives = _uniform(self.keys, index) < self.density.astype(jnp.float32)
+        # Divided in float32 at least, as torch does for half types; and entry by entry, since XLA would turn a
+        # division by one scalar into a multiplication by its reciprocal.
+        wide = promote(tensors.dtype, jnp.float32)
+        dividing = survives & self.rescale & (self.density > 0) & (self.density < 1)
+        divisor = jnp.where(dividing, self.density.astype(wide), jnp.ones((), wide))
+        scaled = round_to(tensors.astype(wide) / divisor, tensors.dtype)
+        return jnp.where(survives, scaled, jnp.zeros_like(tensors))
 
 
-def _kth_largest(order: Array, count: Array) -> Array:
-    """The greatest t that at least ``count`` entries reach, found from its highest bit down."""
-    dtype = order.dtype
-    bits = 8 * dtype.itemsize - 1
+def _uniform(keys: Array, index: Array) -> Array:
+    """What ``jax.random.uniform(key, shape)`` has at flat indices: ``[*batch, *index.shape]`` in [0, 1).
 
-    def set_bit(i: Array, threshold: Array) -> Array:
-        candidate = threshold | lax.shift_left(jnp.ones((), dtype), (bits - 1 - i).astype(dtype))
-        enough = jnp.sum(order >= candidate, dtype=jnp.int32) >= count
-        return jnp.where(enough, candidate, threshold)
-
-    return lax.fori_loop(0, bits, set_bit, jnp.zeros((), dtype))
-
-
-def _cutoff(ties: Array, index: Array, wanted: Array) -> Array:
-    """The smallest index below which ``wanted`` ties lie; takes no pass where all of them are wanted."""
-    size = jnp.asarray(ties.size, jnp.int32)
-    all_wanted = jnp.sum(ties, dtype=jnp.int32) == wanted
-
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(ties & (index < middle), dtype=jnp.int32) >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    low, _ = lax.while_loop(
-        lambda bounds: bounds[0] < bounds[1], halve, (jnp.where(all_wanted, size, jnp.zeros_like(size)), size)
-    )
-    return low
+    Drawn by position, so that a tensor can be drawn in parts.
+    """
+    shape = keys.shape + index.shape
+    words = jax.random.key_data(_as_threefry(keys)).reshape(*keys.shape, *(1,) * index.ndim, 2)
+    first, second = (jnp.broadcast_to(words[..., i], shape) for i in range(2))
+    counter = jnp.broadcast_to(index.astype(jnp.uint32), shape)
+    high, low = threefry2x32_p.bind(first, second, jnp.zeros_like(counter), counter)
+    # 23 random bits behind the exponent of 1 make a number in [1, 2).
+    mantissa = lax.shift_right_logical(high ^ low, jnp.uint32(9)) | jnp.uint32(0x3F800000)
+    return lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
 
 
-def _flat_index(shape: tuple[int, ...]) -> Array:
-    """Row-major positions, from iotas: a reshape would gather a sharded array."""
-    index = jnp.zeros(shape, jnp.int32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index += stride * lax.broadcasted_iota(jnp.int32, shape, axis)
-        stride *= shape[axis]
-    return index
+def _as_threefry(keys: Array) -> Array:
+    """The keys, or threefry keys drawn from them where they are of another kind."""
+    if jax.random.key_impl(keys) == "threefry2x32":
+        return keys
+    draw = functools.partial(jax.random.bits, shape=(2,), dtype=jnp.uint32)
+    words = jax.vmap(draw)(keys.reshape(-1)).reshape(*keys.shape, 2)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+@jax.jit
+def _prune(tensor: Array, pruning: Largest | AtRandom) -> Array:
+    return pruning.apply(tensor, flat_index(tensor.shape))

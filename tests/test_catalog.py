@@ -20,10 +20,12 @@ SOURCE = Path(jm.__file__).parent
 # A module may import from lower floors, and from its own package.
 FLOORS = {
     "base": 0, "catalog": 0, "layouts": 0, "version": 0,
-    "sparsify": 1, "consensus": 2, "lowrank": 1, "sharding": 1, "lapack": 1, "extras": 2, "io": 2, "metrics": 2,
-    "methods": 3, "spaces": 3,
-    "merging": 4,
-    "cli": 6, "__main__": 7,
+    "selection": 1, "lowrank": 1, "sharding": 1, "lapack": 1,
+    "sparsify": 2, "dense": 2, "metrics": 2,
+    "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
+    "methods": 4,
+    "merging": 5,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import backends
 from jax.sharding import Mesh
 
-from jaxmerge import spaces
+from jaxmerge import dense, spaces
 from jaxmerge.base import Array
 from jaxmerge.catalog import METHODS, SPACES, Method
-from jaxmerge.sharding import over_modules
-from jaxmerge.sparsify import Density, bind_density, round_to
+from jaxmerge.lowrank import balanced, truncated_svd
+from jaxmerge.selection import search
+from jaxmerge.sharding import on_all_devices, over_modules
+from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
 
 # Working memory that one stack of modules may take, in bytes.
 _STACK_BYTES = 256 * 2**20
@@ -32,12 +35,19 @@ class Program:
         space: A name in `SPACES`.
         choices: The hyperparameters that are not numbers.
         mesh: What modules are spread over.
+        by_rows: Whether the rows of each module's delta are spread over it instead.
     """
 
     method: str
     space: str
     choices: tuple[tuple[str, str], ...] = ()
     mesh: Mesh | None = None
+    by_rows: bool = False
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether dense deltas are merged a few rows at a time."""
+        return self.form.dense and bool(self.row.combine)
 
     @property
     def row(self) -> Method:
@@ -135,21 +145,26 @@ def merge_stack(
         ``[L, *batch, rank, in]``, ``[L, *batch, out, rank]``, and energies ``[L]``.
     """
 
-    def merge_one(one: Inputs) -> spaces.Lifted:
-        lifted = _merge_module(program, bucket, one, numbers)
+    def merge_one(one: Inputs, block: int) -> spaces.Lifted:
+        lifted = _merge_module(program, bucket, one, numbers, block)
         dtype = jnp.dtype(bucket.dtype)
         return lifted._replace(a=round_to(lifted.a, dtype), b=round_to(lifted.b, dtype))
 
     def merge_each(stack: Inputs) -> spaces.Lifted:
         # On a CPU one module after another: two batched QRs and an SVD in one program never return on
         # jaxlib 0.10.2 with two cores, and the loop costs nothing. Elsewhere, as many at once as fit.
+        on_cpu = functools.partial(jax.lax.map, functools.partial(merge_one, block=dense.CPU_BLOCK))
+        if set(backends()) == {"cpu"}:
+            return on_cpu(stack)
+        elsewhere = functools.partial(merge_one, block=dense.DEFAULT_BLOCK)
         return jax.lax.platform_dependent(
             stack,
-            cpu=functools.partial(jax.lax.map, merge_one),
-            default=functools.partial(jax.lax.map, merge_one, batch_size=program.modules_at_once(bucket)),
+            cpu=on_cpu,
+            default=functools.partial(jax.lax.map, elsewhere, batch_size=program.modules_at_once(bucket)),
         )
 
-    lifted = over_modules(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
+    spread = on_all_devices if program.by_rows else over_modules
+    lifted = spread(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
     a, b = (x.reshape(-1, *bucket.batch, *x.shape[1:]) for x in (lifted.a, lifted.b))
     layers = math.prod(bucket.batch)
     energy = jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers), axis=1), lifted.energy)
@@ -157,20 +172,51 @@ def merge_stack(
 
 
 def _merge_module(
-    program: Program, bucket: Bucket, one: Inputs, numbers: Sequence[Mapping[str, Density]]
+    program: Program, bucket: Bucket, one: Inputs, numbers: Sequence[Mapping[str, Density]], block: int
 ) -> spaces.Lifted:
     """``lift ∘ method ∘ project`` for one unbatched module: `Inputs` without the axis L."""
     factors = spaces.Factors([a.astype(bucket.wide) for a in one.a], [b.astype(bucket.wide) for b in one.b], one.scales)
     if program.stacks(bucket.ranks, bucket.rank):
         return spaces.stack(factors, one.weights)
+    if program.in_blocks:
+        return _merge_in_blocks(program, bucket, factors, one, numbers[0], block)
     method, form = program.row.load(), program.form
     sets, frame = form.project(factors, one.weights)
     merged = []
     for i, (task_set, bound) in enumerate(zip(sets, numbers, strict=True)):
-        # Each set of a space draws from keys of its own.
-        key = {} if one.keys is None else {"key": jax.vmap(jax.random.fold_in, (0, None))(one.keys, i)}
+        key = {} if one.keys is None else {"key": _set_keys(one, i)}
         merged.append(method(*task_set, **bound, **dict(program.choices), **key))
     return form.lift(merged, frame, bucket.rank)
+
+
+def _merge_in_blocks(
+    program: Program,
+    bucket: Bucket,
+    factors: spaces.Factors,
+    one: Inputs,
+    numbers: Mapping[str, Density],
+    block: int,
+) -> spaces.Lifted:
+    """The same where the tasks are dense deltas and the method prunes and combines, without forming them whole."""
+    row, n, widest = program.row, len(bucket.ranks), max(bucket.ranks)
+    axes, shards = (program.mesh.axis_names, program.mesh.size) if program.by_rows and program.mesh else ((), 1)
+    a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
+    b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
+    passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, block, axes, shards))
+    density = numbers["density"]
+    if row.pruning == "magnitude":
+        count = jnp.broadcast_to(density.count, (n,))
+        pruning = Largest(search(passes, count, passes.guess(count)))
+    else:
+        pruning = AtRandom(density.value, jnp.asarray(True), _set_keys(one, 0))
+    combine = functools.partial(row.load_combine(), **dict(program.choices))
+    u, s, vt, energy = truncated_svd(dense.merge_entries(passes, one.weights, pruning, combine), bucket.rank)
+    return spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy)
+
+
+def _set_keys(one: Inputs, i: int) -> Array:
+    """The tasks' keys for one of the task sets that a space makes of a module."""
+    return jax.vmap(jax.random.fold_in, (0, None))(one.keys, i)
 
 
 def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:

@@ -97,12 +97,12 @@ class Step:
         """Merges the modules: path -> factors and what their truncation lost."""
         with precision(self.bucket.wide), lapack.single_threaded():
             merged = jax.block_until_ready(merge_stack(*self._arguments()))
-            a, b, total, lost = map(_unstack, jax.tree.leaves(merged))
+            a, b, total, lost, missed = map(_unstack, jax.tree.leaves(merged))
             first = [self.plan.adapters[self.present[0]].modules[path] for path in self.paths]
             return {
                 path: (
                     LoRA(laid_out(a[i], placement(lora.a)), laid_out(b[i], placement(lora.b))),
-                    Energy(total[i], lost[i]),
+                    Energy(total[i], lost[i], missed[i]),
                 )
                 for i, (path, lora) in enumerate(zip(self.paths, first, strict=True))
             }

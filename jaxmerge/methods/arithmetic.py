@@ -5,8 +5,9 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import sum_tasks
-from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, task_keys, weigh
-from jaxmerge.sparsify import Density, bind_density, need_key, prune
+from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
+from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
+from jaxmerge.sparsify import Density
 
 
 def task_arithmetic(task_tensors: Tasks, weights: Weights) -> Array:
@@ -23,7 +24,7 @@ def task_arithmetic(task_tensors: Tasks, weights: Weights) -> Array:
         ValueError: If shapes or counts do not match.
     """
     tasks = stack_tasks(task_tensors)
-    return _weighted_sum(tasks, as_weights(weights, tasks))
+    return _sum_weighted(tasks, as_weights(weights, tasks))
 
 
 def magnitude_prune(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density) -> Array:
@@ -41,7 +42,7 @@ def magnitude_prune(task_tensors: Tasks, weights: Weights, density: ArrayLike | 
         ValueError: If shapes or counts do not match, or the density is negative.
     """
     tasks = stack_tasks(task_tensors)
-    return _weighted_sum(keep_largest(tasks, density), as_weights(weights, tasks))
+    return combine_pruned(tasks, as_weights(weights, tasks), keep_largest(tasks, density), sum_weighted)
 
 
 def dare_linear(
@@ -62,22 +63,20 @@ def dare_linear(
         ValueError: If shapes or counts do not match, the density is negative, or the key missing.
     """
     tasks = stack_tasks(task_tensors)
-    return _weighted_sum(drop_random(tasks, density, key), as_weights(weights, tasks))
+    return combine_pruned(tasks, as_weights(weights, tasks), drop_random(tasks, density, key), sum_weighted)
 
 
-def keep_largest(tasks: Array, density: ArrayLike | Density) -> Array:
-    """Prunes each task ``[n, ...]`` by magnitude, on its own."""
-    bound = bind_density(density, tasks.size // tasks.shape[0])
-    return jax.vmap(lambda task: prune(task, bound, "magnitude"))(tasks)
+def sum_weighted(tasks: Array, weights: Array) -> Array:
+    """``Σ wᵢ tᵢ``, entry by entry.
 
+    Args:
+        tasks: ``[n, ...]``.
+        weights: ``[n]``.
 
-def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -> Array:
-    """Drops entries of each task ``[n, ...]`` at random and rescales the rest, each task by its own key."""
-    bound = bind_density(density, tasks.size // tasks.shape[0])
-    keys = task_keys(need_key(key, "DARE"), tasks.shape[0])
-    return jax.vmap(lambda task, key: prune(task, bound, "random", rescale=True, key=key))(tasks, keys)
-
-
-@jax.jit
-def _weighted_sum(tasks: Array, weights: Array) -> Array:
+    Returns:
+        ``[...]``.
+    """
     return sum_tasks(weigh(tasks, weights))
+
+
+_sum_weighted = jax.jit(sum_weighted)

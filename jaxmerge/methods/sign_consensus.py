@@ -1,13 +1,10 @@
 """Means over the tasks that agree in sign: TIES (arXiv:2306.01708) and DARE-TIES (arXiv:2311.03099)."""
 
-import functools
-
-import jax
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import SignMethod, check_sign_method, majority_sign_mask, mean_of_marked
-from jaxmerge.methods.arithmetic import drop_random, keep_largest
+from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
 from jaxmerge.sparsify import Density
 
@@ -37,7 +34,9 @@ def ties(
     """
     check_sign_method(majority_sign_method)
     tasks = stack_tasks(task_tensors)
-    return _agree(keep_largest(tasks, density), as_weights(weights, tasks), majority_sign_method)
+    pruning = keep_largest(tasks, density)
+    choices = (("majority_sign_method", majority_sign_method),)
+    return combine_pruned(tasks, as_weights(weights, tasks), pruning, agree, choices)
 
 
 def dare_ties(
@@ -66,9 +65,20 @@ def dare_ties(
     """
     check_sign_method(majority_sign_method)
     tasks = stack_tasks(task_tensors)
-    return _agree(drop_random(tasks, density, key), as_weights(weights, tasks), majority_sign_method)
+    pruning = drop_random(tasks, density, key)
+    choices = (("majority_sign_method", majority_sign_method),)
+    return combine_pruned(tasks, as_weights(weights, tasks), pruning, agree, choices)
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _agree(tasks: Array, weights: Array, method: str) -> Array:
-    return mean_of_marked(weigh(tasks, weights), majority_sign_mask(tasks, method))
+def agree(tasks: Array, weights: Array, majority_sign_method: SignMethod) -> Array:
+    """The weighted mean over the tasks that carry the elected sign, entry by entry.
+
+    Args:
+        tasks: ``[n, ...]``.
+        weights: ``[n]``; the election does not see them.
+        majority_sign_method: See `jaxmerge.calculate_majority_sign_mask`.
+
+    Returns:
+        ``[...]``, float32 or wider.
+    """
+    return mean_of_marked(weigh(tasks, weights), majority_sign_mask(tasks, majority_sign_method))

@@ -95,8 +95,6 @@ def task_keys(key: Array, n: int) -> Array:
     Returns:
         ``[n]`` keys.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
     if key.ndim == 1:
         if key.shape != (n,):
             raise ValueError(f"expected one key or {n}, one per task, got {key.shape[0]}")

@@ -1,0 +1,84 @@
+"""Dense deltas merged a few rows at a time, against the same formed whole; and the truncated SVD of what results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmerge as jm
+from jaxmerge import dense
+from jaxmerge.lowrank import Matrix, truncated_svd
+from jaxmerge.selection import search
+from jaxmerge.sparsify import AtRandom, Largest
+
+
+def factors(p, q, r=3, n=3):
+    """Of small integers: products are exact, however they are summed, and full of ties."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-3, 4, (n, r, q)), rng.integers(-3, 4, (n, p, r))
+    return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.asarray([1.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("method", [name for name, row in jm.METHODS.items() if row.combine])
+@pytest.mark.parametrize("shape", [(7, 5), (100, 30), (257, 190), (64, 1000)])
+def test_blocks_give_what_whole_deltas_give(method, shape):
+    row = jm.METHODS[method]
+    a, b, scales = factors(*shape)
+    weights, density = jnp.asarray([1.0, -0.5, 2.0]), 0.3
+    keys = jax.random.split(jax.random.key(0), 3)
+    deltas = scales[:, None, None] * (b @ a)
+    expected = row.load()(deltas, weights, density, **({"key": keys} if row.random else {}))
+    choices = {h.name: h.default for h in row.hyperparameters if h.kind == "choice"}
+    for entries in (64, 2000, 2**18):
+
+        @jax.jit
+        def merged(a, b, entries=entries):
+            passes = dense.delta_passes(a, b, scales, dense.cut_rows(shape, entries))
+            if row.pruning == "magnitude":
+                count = jnp.full((3,), int(density * a.shape[2] * b.shape[1]), jnp.int32)
+                pruning = Largest(search(passes, count, passes.guess(count)))
+            else:
+                pruning = AtRandom(jnp.float32(density), jnp.asarray(True), keys)
+            return dense.merge_entries(
+                passes, weights, pruning, functools.partial(row.load_combine(), **choices)
+            ).whole()
+
+        np.testing.assert_array_equal(merged(a, b), expected)
+
+
+def spectrum(kind, p, q):
+    rng = np.random.default_rng(0)
+    if kind == "noise":
+        return rng.normal(size=(p, q))
+    if kind == "ties":
+        x = rng.normal(size=(p, 8)) @ rng.normal(size=(8, q))
+        return np.where(np.abs(x) > 3, x, 0)
+    values = {"flat": np.ones(40), "steep": 0.5 ** np.arange(60.0), "rank 3": np.array([3.0, 2.0, 1.0])}[kind]
+    u, v = (np.linalg.qr(rng.normal(size=(size, values.size)))[0] for size in (p, q))
+    return (u * values) @ v.T
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("kind", ["noise", "ties", "flat", "steep", "rank 3"])
+def test_the_leading_part_is_within_its_bound(kind, unit):
+    matrix = spectrum(kind, 512, 400).astype(np.float32) * np.float32(unit)
+    u, s, vt, energy = jax.jit(lambda x: truncated_svd(Matrix(x), 16))(matrix)
+    exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    best, total = (exact[:16] ** 2).sum(), (exact**2).sum()
+    product = np.asarray(u, np.float64) * np.asarray(s, np.float64) @ np.asarray(vt, np.float64)
+    lost = ((matrix.astype(np.float64) - product) ** 2).sum()
+    assert lost <= total - best + 1e-3 * best
+    assert lost <= total - best + float(energy.missed) + 2e-6 * total
+    assert float(energy.missed) <= 1e-3 * best
+    np.testing.assert_allclose(float(energy.total), total, rtol=1e-5)
+    np.testing.assert_allclose(float(energy.lost), lost, atol=1e-5 * total)
+    for basis in (np.asarray(u).T, np.asarray(vt)):
+        np.testing.assert_allclose(basis @ basis.T, np.eye(16), atol=2e-5)
+
+
+def test_a_zero_matrix_has_a_zero_part():
+    _, s, _, energy = truncated_svd(Matrix(jnp.zeros((512, 400))), 16)
+    assert not s.any()
+    assert float(energy.total) == float(energy.lost) == float(energy.missed) == 0
