@@ -86,7 +86,8 @@ def cut_rows(shape: tuple[int, int], entries: int, axes: tuple[str, ...] = (), s
     return Cut(shape, block, -(-blocks // groups), groups, axes, shards)
 
 
-class DeltaPasses(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DeltaPasses:
     """Passes over the deltas ``sᵢ·Bᵢ·Aᵢ`` of n tasks; see `jaxmerge.selection.Passes`.
 
     Attributes:

@@ -75,7 +75,8 @@ class Matrix(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """See `Operator`."""
-        return self.array.shape
+        p, q = self.array.shape
+        return p, q
 
     @property
     def dtype(self) -> Any:

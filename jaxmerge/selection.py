@@ -8,7 +8,7 @@ gives the same cut in less time than two such passes.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -92,42 +92,51 @@ def cut_largest(tensors: AnyArray, count: AnyArray, batch: int = 0) -> Cut:
     alone = on_host(tensors) and (isinstance(tensors, np.ndarray) or len(tensors.devices()) == 1)
     if alone and has_values(count):
         lanes = tensors.shape[:batch]
-        return _cut_on_host(np.asarray(tensors), np.broadcast_to(np.asarray(count, np.int32), lanes), batch)
+        rows = np.asarray(tensors).reshape(math.prod(lanes), -1) if tensors.size else np.zeros((math.prod(lanes), 0))
+        counts = np.broadcast_to(np.asarray(count, np.int32), lanes)
+        return cut_on_host(rows.astype(tensors.dtype, copy=False), counts)
     return _cut_in_passes(jnp.asarray(tensors), jnp.asarray(count, jnp.int32), batch)
 
 
-def _cut_on_host(tensors: np.ndarray, counts: np.ndarray, batch: int) -> Cut:
-    size = math.prod(tensors.shape[batch:])
-    bits = (
-        np.ascontiguousarray(tensors)
-        .reshape(math.prod(tensors.shape[:batch]), size)
-        .view(_SIGNED[tensors.dtype.itemsize])
-    )
-    info = jnp.finfo(tensors.dtype)
-    largest = np.iinfo(bits.dtype).max
-    infinite = np.asarray(np.inf, info.dtype).view(bits.dtype)
+def cut_on_host(rows: Iterable[np.ndarray], counts: np.ndarray) -> Cut:
+    """The same for tensors in the host's memory.
+
+    Args:
+        rows: The entries of each tensor, ``[size]`` of one dtype, as many as there are counts.
+        counts: ``[*batch]``, how many to keep of each.
+
+    Returns:
+        The cut, ``[*batch]``, of NumPy arrays.
+    """
     thresholds, ends = [], []
-    for row, count in zip(bits, counts.ravel(), strict=True):
-        order = row & largest
-        if (order > infinite).any():  # NaN.
-            order[order > infinite] = -1
+    unsigned = np.dtype(np.uint32)
+    for row, count in zip(rows, counts.ravel(), strict=True):
+        width, size = row.dtype.itemsize, row.size
+        unsigned = np.dtype(_UNSIGNED[width])
+        bits = np.ascontiguousarray(row).view(_SIGNED[width])
+        largest = np.iinfo(bits.dtype).max
+        infinite = np.asarray(np.inf, row.dtype).view(bits.dtype)
         if count == 0 or size == 0:
             thresholds.append(largest)
             ends.append(0)
             continue
-        ranked = np.partition(order, size - count)
-        threshold = ranked[size - count]
-        # All of those above the threshold have moved behind it.
-        wanted = count - np.count_nonzero(ranked[size - count :] > threshold)
-        ties = np.flatnonzero(order == threshold)
+        ranked, kth = bits & largest, size - count
+        ranked.partition(kth)
+        if ranked[kth:].max() > infinite:  # NaN.
+            ranked[ranked > infinite] = -1
+            ranked.partition(kth)
+        threshold = ranked[kth]
         thresholds.append(threshold + 1)
-        ends.append(size if ties.size == wanted else ties[wanted])
-    unsigned = _UNSIGNED[tensors.dtype.itemsize]
-    shape = tensors.shape[:batch]
-    return Cut(
-        jnp.asarray(np.array(thresholds, bits.dtype).astype(unsigned).reshape(shape)),
-        jnp.asarray(np.array(ends, np.int32).reshape(shape)),
-    )
+        if (ranked[:kth] == threshold).any():
+            # All of those above the threshold have moved behind it, and some of those at it.
+            wanted = np.count_nonzero(ranked[kth:] == threshold)
+            order = bits & largest
+            order[order > infinite] = -1
+            ends.append(np.flatnonzero(order == threshold)[wanted])
+        else:
+            ends.append(size)
+    thresholds = np.array(thresholds, np.int64).astype(unsigned)
+    return Cut(thresholds.reshape(counts.shape), np.array(ends, np.int32).reshape(counts.shape))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -168,7 +177,8 @@ class Passes(Protocol):
         ...
 
 
-class ArrayPasses(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ArrayPasses:
     """Passes over tensors, or parts of them, that are there as arrays.
 
     Attributes:

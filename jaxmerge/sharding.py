@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -95,6 +96,16 @@ def fitting(mesh: Any, spec: Iterable[Any], shape: Sequence[int]) -> NamedShardi
 def first_process() -> bool:
     """Whether this process does what only one of several should."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_first_process(make: Callable[[], str]) -> str:
+    """A text of 64 ASCII characters, such as a digest, that the first process makes and all get to know."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    text = make().encode() if first_process() else b" " * 64
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))).decode()
 
 
 def wait_for_all(name: str) -> None:

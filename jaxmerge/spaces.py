@@ -72,6 +72,7 @@ class Space:
             sources' rank hold only a part.
         equal_ranks: Whether the adapters must have one rank.
         dense: Whether the tasks are the deltas themselves, which can be formed and merged a few rows at a time.
+        as_stored: Whether the task sets are all A and all B as they are, so that they can be looked at before.
     """
 
     project: Callable[[Factors, Array], tuple[Sequence[TaskSet], Any]]
@@ -81,6 +82,7 @@ class Space:
     full_rank: bool = False
     equal_ranks: bool = False
     dense: bool = False
+    as_stored: bool = False
 
 
 def _matmul(x: Array, y: Array) -> Array:
@@ -186,4 +188,5 @@ FACTORS = Space(
     numbers=_factor_numbers,
     capacity=lambda ranks, out, in_: ranks[0],
     equal_ranks=True,
+    as_stored=True,
 )

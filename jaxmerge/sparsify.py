@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.random import threefry2x32_p
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxmerge.base import Array, has_values, promote
@@ -23,7 +22,7 @@ PruneMethod = Literal["magnitude", "random"]
 _WIDTHS = (2, 4, 8)  # Bytes of the floats that can be pruned.
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("value", "count"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("value", "count", "cut"), meta_fields=())
 @dataclass(frozen=True, eq=False)
 class Density:
     """A density bound to a tensor of known size.
@@ -31,10 +30,12 @@ class Density:
     Attributes:
         value: Scalar float, the fraction of entries to keep.
         count: Scalar int32, how many entries that is.
+        cut: Where the largest of n tasks end, if that has been found already.
     """
 
     value: Array
     count: Array
+    cut: Cut | None = None
 
 
 def bind_density(density: "ArrayLike | Density", size: int) -> Density:
@@ -201,14 +202,28 @@ def _uniform(keys: Array, index: Array) -> Array:
 
     Drawn by position, so that a tensor can be drawn in parts.
     """
-    shape = keys.shape + index.shape
     words = jax.random.key_data(_as_threefry(keys)).reshape(*keys.shape, *(1,) * index.ndim, 2)
-    first, second = (jnp.broadcast_to(words[..., i], shape) for i in range(2))
-    counter = jnp.broadcast_to(index.astype(jnp.uint32), shape)
-    high, low = threefry2x32_p.bind(first, second, jnp.zeros_like(counter), counter)
+    high, low = _threefry(words[..., 0], words[..., 1], jnp.uint32(0), index.astype(jnp.uint32))
     # 23 random bits behind the exponent of 1 make a number in [1, 2).
     mantissa = lax.shift_right_logical(high ^ low, jnp.uint32(9)) | jnp.uint32(0x3F800000)
     return lax.bitcast_convert_type(mantissa, jnp.float32) - jnp.float32(1)
+
+
+def _threefry(first: Array, second: Array, high: Array, low: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 in 20 rounds (Salmon et al., SC 2011) of a counter under a key, as `jax.random` has it.
+
+    In plain operations, which fuse with what uses the numbers: JAX's own primitive is a loop over stored arrays on a
+    CPU, and takes fifteen times as long.
+    """
+    schedule = (first, second, first ^ second ^ jnp.uint32(0x1BD11BDA))
+    high, low = high + first, low + second
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            high = high + low
+            low = lax.shift_left(low, jnp.uint32(turn)) | lax.shift_right_logical(low, jnp.uint32(32 - turn))
+            low = low ^ high
+        high, low = high + schedule[(i + 1) % 3], low + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
+    return high, low
 
 
 def _as_threefry(keys: Array) -> Array:

@@ -125,8 +125,48 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--allow-different-bases", action="store_true", help="merge across base models")
     what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
+    _add_machine(parser)
     _add_reading(parser)
     _add_json(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("what it runs on")
+    machine.add_argument(
+        "--memory", type=_memory, metavar="SIZE", help="to work in, such as 2GB; the result is the same (a sixteenth)"
+    )
+    which = machine.add_mutually_exclusive_group()
+    which.add_argument("--devices", type=_count, metavar="N", help="how many devices to spread the work over (1)")
+    which.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="the same with names, by which arrays of an Orbax checkpoint are spread",
+    )
+    machine.add_argument(
+        "--no-compilation-cache", action="store_true", help="keep no compiled programs in the user's cache folder"
+    )
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+) *([kKmMgGtT][iI]?)?[bB]?", text):
+        raise argparse.ArgumentTypeError(f"memory is a size like 2GB or 500MiB, got {text}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text}")
+    return int(text)
+
+
+def _mesh(text: str) -> list[tuple[str, int]]:
+    axes = [axis.partition("=") for axis in text.split(",")]
+    if len({name for name, _, _ in axes}) < len(axes) or not all(
+        name.isidentifier() and size.isdecimal() and int(size) > 0 for name, _, size in axes
+    ):
+        raise argparse.ArgumentTypeError(f"a mesh is like data=2,model=4, got {text}")
+    return [(name, int(size)) for name, _, size in axes]
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

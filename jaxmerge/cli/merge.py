@@ -28,6 +28,7 @@ from jaxmerge.cli.console import (
     span,
     table,
 )
+from jaxmerge.cli.machine import keep_programs, placing
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.merging.plan import plan_merge
@@ -37,25 +38,25 @@ from jaxmerge.metrics import energy_at_rank, spectra
 def run(options: argparse.Namespace) -> int:
     """Merges; returns 1, with nothing written, if something is wrong with the inputs."""
     paths = [Path(path) for path in options.adapters]
+    keep_programs(options)
     try:
         problems = header_problems(options, paths)
         if problems:
             return report_problems(problems, options.json)
-        adapters = []
+        adapters, mesh = [], placing(options)["mesh"]
         with progress("reading", len(paths)) as advance:
             for i, path in enumerate(paths):
-                adapters.append(io.load(path, **reading(options, i)))
+                adapters.append(io.load(path, mapped=True, mesh=mesh, **reading(options, i)))
                 advance()
         problems = twins(adapters)
         if problems:
             return report_problems(problems, options.json)
         plan = plan_merge(adapters, options.weights, **merge_arguments(options))
-        steps = plan.steps()
         results = []
-        with progress("merging", sum(len(step.paths) for step in steps)) as advance:
-            for step in steps:
-                results.append(step.run())
-                advance(len(step.paths))
+        with progress("merging", sum(map(len, plan.buckets.values()))) as advance:
+            for result in plan.run():
+                results.append(result)
+                advance(len(result))
         merged = _with_seed(plan.finish(results), options.seed)
         written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
@@ -91,6 +92,7 @@ def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "key": None if options.seed is None else jax.random.key(options.seed),
         "extras": _extras(options),
         "allow_different_bases": options.allow_different_bases,
+        **placing(options),
         **given,
     }
 

@@ -30,6 +30,7 @@ def load(
     layout: str | None = None,
     pattern: tuple[str, str] | None = None,
     mesh: Mesh | None = None,
+    mapped: bool = False,
 ) -> Adapter:
     """Reads an adapter; its format is recognised. Where there are several processes, all of them call it.
 
@@ -42,8 +43,11 @@ def load(
         item: For Orbax, which item of a step that has several.
         layout: For Orbax, as in `from_state`.
         pattern: For Orbax, as in `from_state`.
-        mesh: For Orbax, puts the arrays on its devices, spread by its axes as those were that were saved, where it
-            has axes of their names; what jaxmerge makes of them is then spread and saved likewise.
+        mesh: Puts the arrays on its devices; each process reads what its own devices hold. Those of Orbax are spread
+            by its axes as those were that were saved, where it has axes of their names, and what jaxmerge makes of
+            them is then spread and saved likewise; those of PEFT along their features, over all axes.
+        mapped: For PEFT without a mesh, leaves tensors in the file until they are used. The file must not be
+            overwritten in place for as long.
 
     Returns:
         The adapter, in the dtype of the file; its arrays are on the host if there is no mesh.
@@ -53,7 +57,7 @@ def load(
             problem, with the file and the module.
     """
     options = {"alpha": alpha, "scan_axis": scan_axis, "item": item, "layout": layout, "pattern": pattern, "mesh": mesh}
-    return _read(_path(path), "load", **options)
+    return _read(_path(path), "load", mapped, **options)
 
 
 def peek(path: str | Path, **options: Any) -> Adapter:
@@ -69,10 +73,10 @@ def peek(path: str | Path, **options: Any) -> Adapter:
     Raises:
         ValueError: As `load` does.
     """
-    return _read(_path(path), "peek", **options)
+    return _read(_path(path), "peek", False, **options)
 
 
-def _read(path: Path, how: str, **options: Any) -> Adapter:
+def _read(path: Path, how: str, mapped: bool, **options: Any) -> Adapter:
     if orbax.is_remote(path):
         try:
             return getattr(orbax, how)(path, **options)
@@ -84,12 +88,13 @@ def _read(path: Path, how: str, **options: Any) -> Adapter:
         raise ValueError(f"{path}: there is no such folder")
     if is_orbax(path):
         return getattr(orbax, how)(path, **options)
+    mesh = options.pop("mesh", None)
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(
             f"{path}: is no Orbax checkpoint, whose steps have numbers for names; {', '.join(given)} can be given for "
             "such alone"
         )
-    return getattr(peft, how)(path)
+    return peft.peek(path) if how == "peek" else peft.load(path, mesh, mapped)
 
 
 def is_tree(path: Path) -> bool:

@@ -12,8 +12,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+# Of a file: bytes, or what gives bytes piece by piece.
+Contents = bytes | Sequence[Any]
 
 
 def one_line(error: BaseException) -> str:
@@ -46,12 +50,14 @@ def check_target(path: Path, force: bool, marker: str | None) -> None:
         raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
 
 
-def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool, marker: str, owned: Collection[str]) -> None:
+def write_folder(
+    path: Path, files: Mapping[str, Contents], *, force: bool, marker: str, owned: Collection[str]
+) -> None:
     """Writes a folder of files, atomically.
 
     Args:
         path: The folder; missing parents are made.
-        files: Name -> contents.
+        files: Name -> contents, whole or in pieces.
         force: Replace a folder of the same kind.
         marker: The file by which that kind is known.
         owned: The names that belong to the kind. What else lies in a replaced folder stays there.
@@ -101,7 +107,7 @@ def check_file_target(path: Path, force: bool) -> None:
         raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
 
 
-def write_file(path: Path, data: bytes, *, force: bool) -> None:
+def write_file(path: Path, data: Contents, *, force: bool) -> None:
     """Writes a file, atomically.
 
     Args:
@@ -142,7 +148,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _write_unnamed(folder: Path, files: Mapping[str, bytes], stack: contextlib.ExitStack) -> dict[str, int] | None:
+def _write_unnamed(folder: Path, files: Mapping[str, Contents], stack: contextlib.ExitStack) -> dict[str, int] | None:
     """Writes files that have no name yet; None where the file system does not know such files."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is None:
@@ -174,7 +180,7 @@ def _link(handle: int, target: Path) -> bool:
     return True
 
 
-def _write_named(path: Path, data: bytes) -> None:
+def _write_named(path: Path, data: Contents) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         _write_all(handle, data)
@@ -182,11 +188,12 @@ def _write_named(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        # One call writes at most 2 GiB.
-        view = view[os.write(handle, view[: 2**30]) :]
+def _write_all(handle: int, data: Contents) -> None:
+    for piece in [data] if isinstance(data, bytes) else data:
+        view = memoryview(piece)
+        while view:
+            # One call writes at most 2 GiB.
+            view = view[os.write(handle, view[: 2**30]) :]
     os.fsync(handle)
 
 

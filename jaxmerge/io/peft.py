@@ -1,8 +1,11 @@
 """PEFT's LoRA folder: ``adapter_config.json`` and ``adapter_model.safetensors``. Needs no torch."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh
 
 from jaxmerge.base import Adapter, Array, LoRA, Metadata
 from jaxmerge.io import atomic, card
@@ -28,6 +32,7 @@ from jaxmerge.io.peft_keys import (
     nominal_rank,
     read_contents,
 )
+from jaxmerge.sharding import fitting, from_first_process
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -150,26 +155,31 @@ def peek(path: Path) -> Adapter:
     headers = _sound_headers(path)
 
     def shape_of(key: str, shape: tuple[int, ...]) -> Any:
-        return jax.ShapeDtypeStruct(shape, _dtype(headers.tensors[key].dtype))
+        try:
+            return jax.ShapeDtypeStruct(shape, _dtype(headers.tensors[key].dtype))
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: {key} is stored as {headers.tensors[key].dtype}, which is not read") from None
 
     provenance = {"path": str(path)}
     return build_adapter(headers.config, headers.tensors, headers.contents, shape_of, str(path), provenance)
 
 
-def load(path: Path) -> Adapter:
+def load(path: Path, mesh: Mesh | None = None, mapped: bool = False) -> Adapter:
     """Reads a PEFT LoRA folder.
 
     Args:
         path: The folder.
+        mesh: What to spread the factors over, along their features; each process reads its own part of the file.
+        mapped: Whether arrays on the host stay in the file until they are used.
 
     Returns:
-        The adapter, its arrays on the host and in the dtype of the file.
+        The adapter, its arrays on the host if there is no mesh, and in the dtype of the file.
 
     Raises:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge.
     """
     headers = _sound_headers(path)
-    tensors, digest = _read_tensors(headers)
+    tensors, digest = _read_tensors(headers, mapped or mesh is not None)
     provenance = {
         "path": str(path),
         "file": headers.weights.name,
@@ -180,7 +190,22 @@ def load(path: Path) -> Adapter:
     def read(key: str, shape: tuple[int, ...]) -> Any:
         return tensors[key].reshape(shape)
 
-    return build_adapter(headers.config, headers.tensors, headers.contents, read, str(path), provenance)
+    adapter = build_adapter(headers.config, headers.tensors, headers.contents, read, str(path), provenance)
+    return adapter if mesh is None else _spread(adapter, mesh)
+
+
+def _spread(adapter: Adapter, mesh: Mesh) -> Adapter:
+    """The adapter with ``a`` along ``in`` and ``b`` along ``out`` over all axes of a mesh, where the size divides."""
+
+    def put(array: Any, spec: tuple[Any, ...]) -> Any:
+        sharding = fitting(mesh, spec, array.shape)
+        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+    modules = {
+        path: dataclasses.replace(lora, a=put(lora.a, (None, mesh.axis_names)), b=put(lora.b, (mesh.axis_names, None)))
+        for path, lora in adapter.modules.items()
+    }
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def _sound_headers(path: Path) -> Headers:
@@ -190,18 +215,35 @@ def _sound_headers(path: Path) -> Headers:
     return headers
 
 
-def _read_tensors(headers: Headers) -> tuple[Mapping[str, np.ndarray], str]:
-    digest = hashlib.sha256()
-    with headers.weights.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
+def _read_tensors(headers: Headers, mapped: bool) -> tuple[Mapping[str, np.ndarray], str]:
+    digest = from_first_process(functools.partial(_digest, headers.weights))
     if headers.weights.name == PICKLED:
-        return _read_pickled(headers.weights), digest.hexdigest()
+        return _read_pickled(headers.weights), digest
     try:
-        return safetensors.numpy.load_file(headers.weights), digest.hexdigest()
+        if mapped:
+            return _map_tensors(headers.weights), digest
+        return safetensors.numpy.load_file(headers.weights), digest
     except (OSError, safetensors.SafetensorError, AttributeError, KeyError, TypeError) as error:
         # The last three are what a dtype provokes that NumPy does not have.
         raise ValueError(f"{headers.weights}: cannot be read: {atomic.one_line(error)}") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors where they lie in a safetensors file that has been found to be sound."""
+    with path.open("rb") as file:
+        contents = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(contents[:8], "little")
+    tensors = {}
+    for key, entry in json.loads(contents[8:start]).items():
+        if key != "__metadata__":
+            shape, offset = entry["shape"], start + entry["data_offsets"][0]
+            tensors[key] = np.frombuffer(contents, _dtype(entry["dtype"]), math.prod(shape), offset).reshape(shape)
+    return tensors
 
 
 def build_adapter(
@@ -272,11 +314,29 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
     files = {
         CONFIG: _json(config),
-        WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: _safetensors(tensors),
         PROVENANCE: _json(record),
         CARD: card.model_card(config, record).encode(),
     }
     atomic.write_folder(path, files, force=force, marker=CONFIG, owned=OWNED)
+
+
+def _safetensors(tensors: Mapping[str, np.ndarray]) -> list[Any]:
+    """What a safetensors file of these tensors holds, piece by piece: the library's own writer copies all of them.
+
+    In the library's order: wide dtypes first, then by name.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype = _safetensors_name(tensors[name].dtype)
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    pieces = [tensors[name].reshape(-1).view(np.uint8).data for name in names if tensors[name].size]
+    return [len(head).to_bytes(8, "little") + head, *pieces]
 
 
 def export_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -313,10 +373,12 @@ def _json(value: Any) -> bytes:
 
 
 def _dtype(name: str) -> np.dtype:
+    """Of a safetensors header; a TypeError for one that NumPy does not have."""
     if name in FLOATS:
         return np.dtype(getattr(ml_dtypes, FLOATS[name], None) or FLOATS[name])
-    return np.dtype({"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32"}.get(name, "int64"))
+    return np.dtype("bool" if name == "BOOL" else f"{name[0].lower()}{int(name[1:]) // 8}")
 
 
 def _safetensors_name(dtype: np.dtype) -> str:
-    return {value: key for key, value in FLOATS.items()}.get(str(dtype), str(dtype))
+    names = {value: key for key, value in FLOATS.items()} | {"bool": "BOOL"}
+    return names.get(str(dtype), f"{dtype.kind.upper()}{8 * dtype.itemsize}")

@@ -25,6 +25,8 @@ def merge(
     combination_type: str | None = None,
     key: Array | None = None,
     mesh: Mesh | None = None,
+    memory: int | str | None = None,
+    donate: bool = False,
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
     allow_different_bases: bool = False,
@@ -44,7 +46,12 @@ def merge(
             the module where it is not. Modules that can hold less get what they can.
         combination_type: One of PEFT's, in place of method and space; `rank` is then PEFT's ``svd_rank``.
         key: A `jax.random.key`, for methods that draw.
-        mesh: Spreads the modules over its devices; the result has the same bits.
+        mesh: Spreads the modules over its devices, or the rows of dense deltas where there are fewer modules than
+            devices; the result has the same bits. It lies as the first adapter does; where that is not spread, `a`
+            along ``in`` and `b` along ``out`` over all axes of the mesh, where the size divides.
+        memory: The bytes that may be worked in, or a size like ``"2GB"``; the result does not depend on it. None: a
+            sixteenth of what the host has, or a quarter of an accelerator's. The adapters and the result come on top.
+        donate: Frees the adapters' arrays once they have been read.
         dtype: Of the result; None keeps that of the sources. Arithmetic is float32 or wider in any case.
         extras: What to do with tensors that are not pairs of factors where adapters differ: ``"same"``
             refuses, ``"average"`` takes the mean, a number takes those of the adapter at that position.
@@ -66,12 +73,14 @@ def merge(
         combination_type=combination_type,
         key=key,
         mesh=mesh,
+        memory=memory,
+        donate=donate,
         dtype=dtype,
         extras=extras,
         allow_different_bases=allow_different_bases,
         **hyperparameters,
     )
-    return plan.finish([step.run() for step in plan.steps()])
+    return plan.finish(list(plan.run()))
 
 
 def lower(adapters: Sequence[Adapter], weights: Weights = None, **arguments: Any) -> list[jax.stages.Lowered]:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Adapter, Array, has_values, nonfinite_modules
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
+from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -26,6 +27,15 @@ def all_paths(adapters: Sequence[Adapter]) -> list[str]:
 def adapter_name(adapters: Sequence[Adapter], index: int) -> str:
     """What messages call an adapter: its path, or its place in the list."""
     return adapters[index].metadata.name or f"adapter {index + 1}"
+
+
+def checked_memory(memory: int | str | None, mesh: Any) -> int:
+    """The budget in bytes; a ValueError if it is none."""
+    if memory is None:
+        return default_memory(None if mesh is None else mesh.devices.flat[0].platform)
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise ValueError(f"memory is a number of bytes, or a size like 2GB, got {memory!r}")
+    return parse_memory(str(memory))
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -191,7 +201,11 @@ def value_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Adapters with a NaN or inf in them."""
     problems = []
     for index, adapter in enumerate(adapters):
-        bad = nonfinite_modules(adapter)
+        bad = []
+        for path, lora in adapter.modules.items():
+            bad += nonfinite_modules(Adapter({path: lora}))
+            release(lora.a)
+            release(lora.b)
         if bad:
             problems.append(f"{adapter_name(adapters, index)}: NaN or inf in {listing(bad)}")
     return problems

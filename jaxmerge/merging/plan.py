@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxmerge.merging.checks import (
     all_paths,
     base_problems,
     checked_dtype,
+    checked_memory,
     checked_rank,
     checked_weights,
     hyperparameter_problems,
@@ -45,6 +46,8 @@ def plan_merge(
     combination_type: str | None = None,
     key: Array | None = None,
     mesh: Mesh | None = None,
+    memory: int | str | None = None,
+    donate: bool = False,
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
     allow_different_bases: bool = False,
@@ -78,8 +81,11 @@ def plan_merge(
 
     choices = {h.name: hyperparameters.get(h.name, h.default) for h in METHODS[method].hyperparameters}
     numbers = {h.name: choices.pop(h.name) for h in METHODS[method].hyperparameters if h.kind == "density"}
+    budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), mesh)
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)
+    if memory is not None:
+        problems += memory_problems(program, buckets, budget)
     raise_problems(problems)
     if dtype is not None:
         merged_extras = {name: _cast(tensor, dtype) for name, tensor in merged_extras.items()}
@@ -99,7 +105,9 @@ def plan_merge(
     }
     metadata = dataclasses.replace(metadata, provenance=json.dumps(record))
     rest = Adapter(modules={}, extras=merged_extras, metadata=metadata)
-    return Plan(program, adapters, weights, numbers, key if METHODS[method].random else None, buckets, rest)
+    return Plan(
+        program, adapters, weights, numbers, key if METHODS[method].random else None, buckets, rest, budget, donate
+    )
 
 
 def _buckets(
@@ -139,6 +147,17 @@ def _buckets(
     if rank is not None and rank > most and not problems:
         problems.append(f"rank {rank} is more than any module can hold: the largest possible is {most}")
     return buckets
+
+
+def memory_problems(
+    program: Program, buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]], budget: int
+) -> list[str]:
+    """Modules of which a single one takes more than the budget."""
+    for (bucket, _), paths in buckets.items():
+        need = program.need(bucket)
+        if need > budget:
+            return [f"memory {budget / 1e9:.3g} GB is too little: module {paths[0]} takes {need / 1e9:.2g} GB"]
+    return []
 
 
 def _nominal_rank(adapter: Adapter) -> int:

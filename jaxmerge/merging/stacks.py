@@ -3,6 +3,7 @@
 Kernels are written for one unbatched module and mapped here over modules and their batch axes.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.backend import backends
 from jax.sharding import Mesh
 
 from jaxmerge import dense, spaces
-from jaxmerge.base import Array
+from jaxmerge.base import Array, on_host
 from jaxmerge.catalog import METHODS, SPACES, Method
 from jaxmerge.lowrank import balanced, truncated_svd
-from jaxmerge.selection import search
+from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
 from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
-
-# Working memory that one stack of modules may take, in bytes.
-_STACK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Program:
         choices: The hyperparameters that are not numbers.
         mesh: What modules are spread over.
         by_rows: Whether the rows of each module's delta are spread over it instead.
+        at_once: How many modules an accelerator works on at the same time.
     """
 
     method: str
@@ -43,6 +43,7 @@ class Program:
     choices: tuple[tuple[str, str], ...] = ()
     mesh: Mesh | None = None
     by_rows: bool = False
+    at_once: int = 1
 
     @property
     def in_blocks(self) -> bool:
@@ -63,10 +64,14 @@ class Program:
         """Whether the result is the sources' factors side by side."""
         return self.row.linear and self.space == "full" and rank == sum(ranks)
 
-    def modules_at_once(self, bucket: "Bucket") -> int:
-        """How many modules of a bucket fit into the working memory."""
-        numbers = self.form.numbers(bucket.ranks, *bucket.features) * math.prod(bucket.batch)
-        return max(1, _STACK_BYTES // (4 * numbers))
+    def need(self, bucket: "Bucket") -> int:
+        """The bytes that one module of a bucket takes while it is merged, about."""
+        out, in_ = bucket.features
+        # In blocks, the merged matrix, its factors and their Krylov basis.
+        dense = out * in_ + 16 * (bucket.rank + 16) * (out + in_)
+        numbers = dense if self.in_blocks else self.form.numbers(bucket.ranks, out, in_)
+        width = 8 if bucket.wide == "float64" else 4
+        return width * (numbers + sum(bucket.ranks) * (out + in_))
 
 
 class Bucket(NamedTuple):
@@ -94,6 +99,25 @@ class Bucket(NamedTuple):
         return "float64" if "float64" in (*self.dtypes, self.dtype) else "float32"
 
 
+class Draws(NamedTuple):
+    """What modules draw from.
+
+    Attributes:
+        key: Of the merge.
+        modules: ``[L]`` uint32, a stable hash of each module's path.
+        tasks: ``[n]`` uint32, the adapters' positions.
+    """
+
+    key: Array
+    modules: Array
+    tasks: Array
+
+    def keys(self) -> Array:
+        """``[L, n]`` keys, that hang on nothing else."""
+        fold = jax.random.fold_in
+        return jax.vmap(lambda h: jax.vmap(lambda i: fold(fold(self.key, h), i))(self.tasks))(self.modules)
+
+
 class Inputs(NamedTuple):
     """The arrays of L modules of one bucket in n adapters.
 
@@ -102,31 +126,69 @@ class Inputs(NamedTuple):
         b: n of ``[L, *batch, out, rᵢ]``.
         scales: ``[L, n]``.
         weights: ``[L, n]``.
-        keys: ``[L, n]`` keys; None for a method that draws nothing.
+        keys: ``[L, n]`` keys, or what they are folded from; None for a method that draws nothing.
+        cuts: Of each task set ``[L * batch, n]``, where the largest entries of each task end; None if that is to be
+            found.
     """
 
-    a: tuple[Array, ...]
-    b: tuple[Array, ...]
+    a: tuple[Any, ...]
+    b: tuple[Any, ...]
     scales: Array
     weights: Array
-    keys: Array | None
+    keys: Any = None
+    cuts: tuple[Cut, ...] | None = None
+
+
+@functools.cache
+def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """How many entries each task has, in each task set that a space makes of a module."""
+    form = SPACES[space].load(METHODS[method])
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    out, in_ = features
+
+    def project(a: list[Array], b: list[Array], numbers: Array) -> Sequence[spaces.TaskSet]:
+        return form.project(spaces.Factors(a, b, numbers), numbers)[0]
+
+    sets = jax.eval_shape(
+        project, [shape((r, in_)) for r in ranks], [shape((out, r)) for r in ranks], shape((len(ranks),))
+    )
+    return tuple(math.prod(one.tasks.shape[1:]) for one in sets)
 
 
 def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, Any]) -> list[dict[str, Density]]:
     """Binds the numeric hyperparameters to the size of each task set that the space makes of a module."""
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    out, in_ = bucket.features
-    n = len(bucket.ranks)
+    sizes = set_sizes(program.space, program.method, bucket.features, bucket.ranks)
+    return [{name: bind_density(value, size) for name, value in numbers.items()} for size in sizes]
 
-    def project(a: list[Array], b: list[Array], numbers: Array) -> Sequence[spaces.TaskSet]:
-        return program.form.project(spaces.Factors(a, b, numbers), numbers)[0]
 
-    sets = jax.eval_shape(
-        project, [shape((r, in_)) for r in bucket.ranks], [shape((out, r)) for r in bucket.ranks], shape((n,))
+def find_cuts(
+    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
+) -> tuple[Cut, ...] | None:
+    """The cuts of tasks that lie in the host's memory as they are, where NumPy finds them sooner than a program."""
+    if not (program.form.as_stored and program.row.pruning == "magnitude"):
+        return None
+    counts = [one["density"].count for one in numbers]
+    if not all(map(on_host, (*counts, *inputs.a, *inputs.b))):
+        return None
+    cuts = []
+    for arrays, count in zip((inputs.a, inputs.b), counts, strict=True):
+        tasks = [np.asarray(x).reshape(-1, math.prod(x.shape[-2:])) for x in arrays]
+        modules = range(tasks[0].shape[0])
+        rows = (task[i].astype(bucket.wide, copy=False) for i in modules for task in tasks)
+        cuts.append(cut_on_host(rows, np.full((len(modules), len(tasks)), np.asarray(count))))
+    return tuple(cuts)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "bucket"))
+def merge_module(
+    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
+) -> spaces.Lifted:
+    """Merges one module, as `merge_stack` merges L: without the axis L."""
+    expanded = inputs._replace(
+        a=tuple(a[None] for a in inputs.a),
+        b=tuple(b[None] for b in inputs.b),
     )
-    return [
-        {name: bind_density(value, math.prod(one.tasks.shape[1:])) for name, value in numbers.items()} for one in sets
-    ]
+    return jax.tree.map(lambda x: x[0], _merge_stack(program, bucket, expanded, numbers))
 
 
 @functools.partial(jax.jit, static_argnames=("program", "bucket"))
@@ -144,7 +206,12 @@ def merge_stack(
     Returns:
         ``[L, *batch, rank, in]``, ``[L, *batch, out, rank]``, and energies ``[L]``.
     """
+    return _merge_stack(program, bucket, inputs, numbers)
 
+
+def _merge_stack(
+    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
+) -> spaces.Lifted:
     def merge_one(one: Inputs, block: int) -> spaces.Lifted:
         lifted = _merge_module(program, bucket, one, numbers, block)
         dtype = jnp.dtype(bucket.dtype)
@@ -160,9 +227,11 @@ def merge_stack(
         return jax.lax.platform_dependent(
             stack,
             cpu=on_cpu,
-            default=functools.partial(jax.lax.map, elsewhere, batch_size=program.modules_at_once(bucket)),
+            default=functools.partial(jax.lax.map, elsewhere, batch_size=program.at_once),
         )
 
+    if isinstance(inputs.keys, Draws):
+        inputs = inputs._replace(keys=inputs.keys.keys())
     spread = on_all_devices if program.by_rows else over_modules
     lifted = spread(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
     a, b = (x.reshape(-1, *bucket.batch, *x.shape[1:]) for x in (lifted.a, lifted.b))
@@ -184,6 +253,8 @@ def _merge_module(
     sets, frame = form.project(factors, one.weights)
     merged = []
     for i, (task_set, bound) in enumerate(zip(sets, numbers, strict=True)):
+        if one.cuts is not None:
+            bound = {name: dataclasses.replace(density, cut=one.cuts[i]) for name, density in bound.items()}
         key = {} if one.keys is None else {"key": _set_keys(one, i)}
         merged.append(method(*task_set, **bound, **dict(program.choices), **key))
     return form.lift(merged, frame, bucket.rank)
@@ -216,7 +287,8 @@ def _merge_in_blocks(
 
 def _set_keys(one: Inputs, i: int) -> Array:
     """The tasks' keys for one of the task sets that a space makes of a module."""
-    return jax.vmap(jax.random.fold_in, (0, None))(one.keys, i)
+    keys: Any = one.keys
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
 
 def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
@@ -241,4 +313,5 @@ def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
         repeat(inputs.scales),
         repeat(inputs.weights),
         keys,
+        inputs.cuts,
     )

@@ -5,20 +5,36 @@ import functools
 import math
 import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxmerge import lapack
-from jaxmerge.base import Adapter, Array, Energy, LoRA, on_host, precision, promote
+from jaxmerge import lapack, spaces
+from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
+from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths
-from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers, merge_stack
-from jaxmerge.sharding import device_count, gathered, laid_out, placement
+from jaxmerge.merging.stacks import (
+    Bucket,
+    Draws,
+    Inputs,
+    Program,
+    bind_numbers,
+    find_cuts,
+    merge_module,
+    merge_stack,
+)
+from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement
+from jaxmerge.sparsify import Density
+
+# How many steps are begun before the first of them is waited for.
+_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +47,8 @@ class Plan:
         weights: One per adapter.
         numbers: The numeric hyperparameters.
         key: For a method that draws.
+        memory: The bytes that a stack of modules may take on one device.
+        donate: Whether the adapters' arrays may be given up once they are read.
         buckets: The modules of each bucket, by the positions of the adapters that have them.
         rest: The merged adapter without its modules.
     """
@@ -42,17 +60,55 @@ class Plan:
     key: Array | None
     buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]]
     rest: Adapter
+    memory: int
+    donate: bool = False
 
     def steps(self) -> list["Step"]:
-        """The stacks to merge: each bucket in parts of equal size, so that it compiles once."""
-        devices = device_count(self.program.mesh)
-        steps = []
+        """The stacks to merge: each bucket in parts of equal size, so that it compiles once.
+
+        In the memory of a host without a mesh modules are merged one by one, where they lie.
+        """
+        mesh, steps = self.program.mesh, []
         for (bucket, present), paths in self.buckets.items():
-            parts = math.ceil(len(paths) / (self.program.modules_at_once(bucket) * devices))
+            program, devices = self.program, device_count(mesh)
+            numbers = bind_numbers(program, bucket, self.numbers)
+            if mesh is None and self._lie_on_host(present, paths):
+                steps += [Step(self, program, bucket, present, [path], 0, numbers) for path in paths]
+                continue
+            if mesh is not None and program.in_blocks and 2 * len(paths) * math.prod(bucket.batch) <= devices:
+                program, devices = dataclasses.replace(program, by_rows=True), 1
+            at_once = max(1, self.memory // (program.need(bucket) * math.prod(bucket.batch)))
+            program = dataclasses.replace(program, at_once=at_once)
+            parts = math.ceil(len(paths) / (at_once * devices))
             size = math.ceil(len(paths) / parts)
             padded = math.ceil(size / devices) * devices
-            steps += [Step(self, bucket, present, paths[i : i + size], padded) for i in range(0, len(paths), size)]
+            steps += [
+                Step(self, program, bucket, present, paths[i : i + size], padded, numbers)
+                for i in range(0, len(paths), size)
+            ]
         return steps
+
+    def _lie_on_host(self, present: Sequence[int], paths: Sequence[str]) -> bool:
+        leaves = (self.adapters[i].modules[path] for i in present for path in paths)
+        on_cpu = jax.default_backend() == "cpu"
+        return on_cpu and all(
+            on_host(leaf) and (isinstance(leaf, np.ndarray) or len(leaf.devices()) == 1)
+            for lora in leaves
+            for leaf in (lora.a, lora.b)
+        )
+
+    def run(self) -> Iterator[dict[str, tuple[LoRA, Energy]]]:
+        """The results of all steps, in order. While one is merged, the next is prepared."""
+        pending: deque[tuple[Step, spaces.Lifted]] = deque()
+        with lapack.single_threaded():
+            for step in self.steps():
+                pending.append((step, step.start()))
+                if len(pending) > _AHEAD:
+                    first, merged = pending.popleft()
+                    yield first.results(merged)
+            while pending:
+                first, merged = pending.popleft()
+                yield first.results(merged)
 
     def finish(self, results: Sequence[Mapping[str, tuple[LoRA, Energy]]]) -> Adapter:
         """The merged adapter, from the results of all steps."""
@@ -81,51 +137,96 @@ class Step:
 
     Attributes:
         plan: What they are part of.
+        program: The method and its space.
         bucket: What they share.
         present: The positions of the adapters that have them.
         paths: The modules.
-        padded: How many the compiled program takes; the last one is repeated to fill it.
+        padded: How many the compiled program takes; the last one is repeated to fill it. 0 where it takes one module
+            without an axis for it.
+        numbers: From `bind_numbers`.
     """
 
     plan: Plan
+    program: Program
     bucket: Bucket
     present: tuple[int, ...]
     paths: Sequence[str]
     padded: int
+    numbers: Sequence[Mapping[str, Density]]
 
-    def run(self) -> dict[str, tuple[LoRA, Energy]]:
-        """Merges the modules: path -> factors and what their truncation lost."""
-        with precision(self.bucket.wide), lapack.single_threaded():
-            merged = jax.block_until_ready(merge_stack(*self._arguments()))
+    def start(self) -> spaces.Lifted:
+        """Begins to merge the modules."""
+        with precision(self.bucket.wide):
+            merged = self._function(*self._arguments())
+        if self.plan.donate:
+            for leaf in self._leaves():
+                if isinstance(leaf, jax.Array) and has_values(leaf):
+                    leaf.delete()
+        return merged
+
+    def _leaves(self) -> Iterator[Any]:
+        for i in self.present:
+            for path in self.paths:
+                lora = self.plan.adapters[i].modules[path]
+                yield from (lora.a, lora.b)
+
+    def results(self, merged: spaces.Lifted) -> dict[str, tuple[LoRA, Energy]]:
+        """Path -> factors and what their truncation lost; waits for what was begun."""
+        with precision(self.bucket.wide):
+            jax.block_until_ready(merged)
+            for leaf in self._leaves():
+                release(leaf)
+            if not self.padded:
+                return {self.paths[0]: (LoRA(merged.a, merged.b), merged.energy)}
             a, b, total, lost, missed = map(_unstack, jax.tree.leaves(merged))
             first = [self.plan.adapters[self.present[0]].modules[path] for path in self.paths]
             return {
                 path: (
-                    LoRA(laid_out(a[i], placement(lora.a)), laid_out(b[i], placement(lora.b))),
+                    LoRA(self._laid_out(a[i], lora.a, -1), self._laid_out(b[i], lora.b, -2)),
                     Energy(total[i], lost[i], missed[i]),
                 )
                 for i, (path, lora) in enumerate(zip(self.paths, first, strict=True))
             }
 
+    def _laid_out(self, array: Any, first: Any, axis: int) -> Any:
+        """A result on the devices: as the first adapter's was, or else along its features over the whole mesh."""
+        mesh, found = self.program.mesh, placement(first)
+        if found is None and mesh is not None and not isinstance(array, Tracer):
+            spec: list[Any] = [None] * array.ndim
+            spec[axis] = mesh.axis_names
+            found = fitting(mesh, spec, array.shape)
+        return laid_out(array, found)
+
     def lower(self) -> jax.stages.Lowered:
         """The program, not yet compiled."""
         with precision(self.bucket.wide):
-            return merge_stack.lower(*self._arguments())
+            return self._function.lower(*self._arguments())
+
+    @property
+    def _function(self) -> Any:
+        return merge_stack if self.padded else merge_module
 
     def _arguments(self) -> tuple[Any, ...]:
         plan, present, wide = self.plan, self.present, self.bucket.wide
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
         loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
-        placements = [placement(leaf) for row in loras for lora in row for leaf in (lora.a, lora.b)]
-        mesh = next((found.mesh for found in placements if found is not None), None)
+        if self.padded:
+            placements = [placement(leaf) for row in loras for lora in row for leaf in (lora.a, lora.b)]
+            mesh = next((found.mesh for found in placements if found is not None), None)
+            a = tuple(_stack([lora.a for lora in row], mesh) for row in loras)
+            b = tuple(_stack([lora.b for lora in row], mesh) for row in loras)
+        else:
+            a, b = tuple(row[0].a for row in loras), tuple(row[0].b for row in loras)
         inputs = Inputs(
-            a=tuple(_stack([lora.a for lora in row], mesh) for row in loras),
-            b=tuple(_stack([lora.b for lora in row], mesh) for row in loras),
+            a=a,
+            b=b,
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
             weights=_table([[plan.weights[i]] * len(paths) for i in present], wide),
-            keys=None if plan.key is None else _module_keys(plan.key, paths, present),
+            keys=None if plan.key is None else _draws(plan.key, paths, present),
         )
-        return plan.program, self.bucket, inputs, bind_numbers(plan.program, self.bucket, plan.numbers)
+        if not self.padded:
+            inputs = inputs._replace(cuts=find_cuts(self.program, self.bucket, inputs, self.numbers))
+        return self.program, self.bucket, inputs, self.numbers
 
 
 def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
@@ -133,7 +234,7 @@ def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
     if any(isinstance(value, jax.Array) for row in rows for value in row):
         return jnp.stack([jnp.stack([jnp.asarray(value, dtype) for value in row]) for row in rows], axis=1)
     with np.errstate(over="ignore"):  # A weight too large for the dtype makes a result that is refused.
-        return jnp.asarray(np.asarray(rows, dtype).T)
+        return np.asarray(rows, dtype).T  # type: ignore[return-value]
 
 
 def _stack(arrays: Sequence[Any], mesh: Any) -> Array:
@@ -153,13 +254,6 @@ def _unstack(array: Array) -> list[Array]:
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 
 
-def _module_keys(key: Array, paths: Sequence[str], present: Sequence[int]) -> Array:
-    """``[L, n]`` keys, from a stable hash of the path and the adapter's position: nothing else matters."""
+def _draws(key: Array, paths: Sequence[str], present: Sequence[int]) -> Draws:
     hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-    return _fold_keys(key, jnp.asarray(hashes), jnp.asarray(np.array(present, np.uint32)))
-
-
-@jax.jit
-def _fold_keys(key: Array, hashes: Array, positions: Array) -> Array:
-    fold = jax.random.fold_in
-    return jax.vmap(lambda h: jax.vmap(lambda i: fold(fold(key, h), i))(positions))(hashes)
+    return Draws(key, hashes, np.array(present, np.uint32))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, need_key
 def keep_largest(tasks: Array, density: ArrayLike | Density) -> Largest:
     """Pruning of each task ``[n, ...]`` by magnitude, on its own."""
     bound = bind_density(density, tasks.size // tasks.shape[0])
-    return Largest(cut_largest(tasks, bound.count, batch=1))
+    return Largest(cut_largest(tasks, bound.count, batch=1) if bound.cut is None else bound.cut)
 
 
 def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -> AtRandom:
