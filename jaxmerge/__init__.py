@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from jaxmerge.base import Adapter, Energy, LoRA, Metadata, delta, energy_kept
     from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
     from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
+    from jaxmerge.datafree import scores
     from jaxmerge.io import from_state, from_torch, load, peek, peft_config, save, to_state, to_torch
     from jaxmerge.merging import lower, merge
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
     from jaxmerge.methods.sign_consensus import dare_ties, ties
     from jaxmerge.sparsify import prune
+    from jaxmerge.sweeps import Sweep, sweep
 
 _HOMES = {
     "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
@@ -24,7 +26,9 @@ _HOMES = {
     "jaxmerge.merging": ("lower", "merge"),
     "jaxmerge.methods.arithmetic": ("dare_linear", "magnitude_prune", "task_arithmetic"),
     "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
+    "jaxmerge.datafree": ("scores",),
     "jaxmerge.sparsify": ("prune",),
+    "jaxmerge.sweeps": ("Sweep", "sweep"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -36,6 +40,7 @@ __all__ = [
     "Energy",
     "LoRA",
     "Metadata",
+    "Sweep",
     "calculate_majority_sign_mask",
     "dare_linear",
     "dare_ties",
@@ -52,6 +57,8 @@ __all__ = [
     "peft_config",
     "prune",
     "save",
+    "scores",
+    "sweep",
     "task_arithmetic",
     "ties",
     "to_state",

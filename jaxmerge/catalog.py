@@ -198,5 +198,8 @@ COMBINATION_TYPES: Mapping[str, CombinationType] = {
 # What adapters can be written as, whatever they came as.
 FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")
 
+# Of a merge, without data: see `jaxmerge.scores`.
+SCORES = ("energy_kept", "worst_cosine", "norm")
+
 # How the factors in a Flax tree are called.
 TREES = ("nnx", "qwix", "gemma", "openpi", "maxtext-legacy", "keras")

@@ -90,6 +90,8 @@ def cut_rows(shape: tuple[int, int], entries: int, axes: tuple[str, ...] = (), s
 class DeltaPasses:
     """Passes over the deltas ``sᵢ·Bᵢ·Aᵢ`` of n tasks; see `jaxmerge.selection.Passes`.
 
+    Orders and counts are ``[S, n]``: several of each task are looked at in one pass.
+
     Attributes:
         a: ``[n, r, q]``.
         b: ``[blocks, n, block, r]``, of this device's blocks.
@@ -132,7 +134,7 @@ class DeltaPasses:
         """See `Passes`."""
 
         def of_block(i: Array) -> Array:
-            return jnp.sum(magnitude_order(self.block(i)) >= order[:, None, None], (1, 2), dtype=jnp.int32)
+            return jnp.sum(magnitude_order(self.block(i)) >= order[..., None, None], (-2, -1), dtype=jnp.int32)
 
         reached = self.cut.sum(self._accumulate(of_block, jnp.zeros(order.shape, jnp.int32), operator.add))
         # The rows that fill up the last block are zeros, the least of all numbers.
@@ -145,9 +147,9 @@ class DeltaPasses:
 
         def of_block(i: Array) -> tuple[Array, Array]:
             entries = magnitude_order(self.block(i))
-            reaches = entries >= order[:, None, None]
-            below = jnp.max(jnp.where(reaches, jnp.zeros_like(entries), entries), (1, 2))
-            return below, jnp.min(jnp.where(reaches, entries, top[:, None, None]), (1, 2))
+            reaches = entries >= order[..., None, None]
+            below = jnp.max(jnp.where(reaches, jnp.zeros_like(entries), entries), (-2, -1))
+            return below, jnp.min(jnp.where(reaches, entries, top[..., None, None]), (-2, -1))
 
         def add(total: tuple[Array, Array], more: tuple[Array, Array]) -> tuple[Array, Array]:
             return jnp.maximum(total[0], more[0]), jnp.minimum(total[1], more[1])
@@ -161,8 +163,8 @@ class DeltaPasses:
         """See `Passes`."""
 
         def of_block(i: Array) -> Array:
-            ties = magnitude_order(self.block(i)) == order[:, None, None]
-            return jnp.sum(ties & (self.index(i) < end[:, None, None]), (1, 2), dtype=jnp.int32)
+            ties = magnitude_order(self.block(i)) == order[..., None, None]
+            return jnp.sum(ties & (self.index(i) < end[..., None, None]), (-2, -1), dtype=jnp.int32)
 
         return self.cut.sum(self._accumulate(of_block, jnp.zeros(order.shape, jnp.int32), operator.add))
 

@@ -122,7 +122,8 @@ def truncated_svd(matrix: Operator, rank: int) -> tuple[Array, Array, Array, Ene
     if depth < 3:
         u, s, vt = jnp.linalg.svd(matrix.whole(), full_matrices=False)
         energy = s * s
-        return u[:, :rank], s[:rank], vt[:rank], Energy(jnp.sum(energy), jnp.sum(energy[rank:]))
+        lost = Energy(jnp.sum(energy), jnp.sum(energy[rank:]), jnp.zeros((), s.dtype))
+        return u[:, :rank], s[:rank], vt[:rank], lost
     # Its repeated products would run out of float32's range for a matrix of very large or small numbers.
     largest = matrix.largest()
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))

@@ -8,7 +8,7 @@ gives the same cut in less time than two such passes.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -94,49 +94,67 @@ def cut_largest(tensors: AnyArray, count: AnyArray, batch: int = 0) -> Cut:
         lanes = tensors.shape[:batch]
         rows = np.asarray(tensors).reshape(math.prod(lanes), -1) if tensors.size else np.zeros((math.prod(lanes), 0))
         counts = np.broadcast_to(np.asarray(count, np.int32), lanes)
-        return cut_on_host(rows.astype(tensors.dtype, copy=False), counts)
+        cut = cut_on_host(rows.astype(tensors.dtype, copy=False), counts.reshape(-1, 1))
+        return Cut(jnp.asarray(cut.threshold).reshape(lanes), jnp.asarray(cut.end).reshape(lanes))
     return _cut_in_passes(jnp.asarray(tensors), jnp.asarray(count, jnp.int32), batch)
 
 
 def cut_on_host(rows: Iterable[np.ndarray], counts: np.ndarray) -> Cut:
-    """The same for tensors in the host's memory.
+    """The same for tensors in the host's memory, each with several counts.
 
     Args:
-        rows: The entries of each tensor, ``[size]`` of one dtype, as many as there are counts.
-        counts: ``[*batch]``, how many to keep of each.
+        rows: The entries of each of R tensors, ``[size]`` of one dtype.
+        counts: ``[R, S]``, how many to keep.
 
     Returns:
-        The cut, ``[*batch]``, of NumPy arrays.
+        The cuts, ``[R, S]``, of NumPy arrays.
     """
-    thresholds, ends = [], []
-    unsigned = np.dtype(np.uint32)
-    for row, count in zip(rows, counts.ravel(), strict=True):
-        width, size = row.dtype.itemsize, row.size
-        unsigned = np.dtype(_UNSIGNED[width])
-        bits = np.ascontiguousarray(row).view(_SIGNED[width])
-        largest = np.iinfo(bits.dtype).max
-        infinite = np.asarray(np.inf, row.dtype).view(bits.dtype)
-        if count == 0 or size == 0:
-            thresholds.append(largest)
-            ends.append(0)
-            continue
-        ranked, kth = bits & largest, size - count
-        ranked.partition(kth)
-        if ranked[kth:].max() > infinite:  # NaN.
+    cuts, unsigned = [], np.dtype(np.uint32)
+    for row, kept in zip(rows, counts, strict=True):
+        unsigned = np.dtype(_UNSIGNED[row.dtype.itemsize])
+        cuts.append(_cut_row(np.ascontiguousarray(row), kept))
+    thresholds, ends = np.array(cuts, np.int64).reshape(*counts.shape, 2).transpose(2, 0, 1)
+    return Cut(thresholds.astype(unsigned), ends.astype(np.int32))  # type: ignore[arg-type]
+
+
+def _partition(row: np.ndarray, places: Sequence[int]) -> None:
+    """Puts what belongs at ascending places there, with nothing greater before it.
+
+    One place at a time: for several NumPy does without the instructions that make it fast.
+    """
+    start = 0
+    for place in places:
+        row[start:].partition(place - start)
+        start = place + 1
+
+
+def _cut_row(row: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
+    size, bits = row.size, row.view(_SIGNED[row.dtype.itemsize])
+    largest = np.iinfo(bits.dtype).max
+    infinite = np.asarray(np.inf, row.dtype).view(bits.dtype)
+    # Of a count of 0 the threshold is above all.
+    places = sorted({size - int(count) for count in counts if 0 < count <= size})
+    ranked = bits & largest
+    if places:
+        _partition(ranked, places)
+        if ranked[places[0] :].max() > infinite:  # NaN.
             ranked[ranked > infinite] = -1
-            ranked.partition(kth)
-        threshold = ranked[kth]
-        thresholds.append(threshold + 1)
+            _partition(ranked, places)
+    cuts = []
+    for count in counts:
+        if count == 0 or size == 0:
+            cuts.append((largest, 0))
+            continue
+        kth = size - count
+        threshold, end = ranked[kth], size
         if (ranked[:kth] == threshold).any():
             # All of those above the threshold have moved behind it, and some of those at it.
             wanted = np.count_nonzero(ranked[kth:] == threshold)
             order = bits & largest
             order[order > infinite] = -1
-            ends.append(np.flatnonzero(order == threshold)[wanted])
-        else:
-            ends.append(size)
-    thresholds = np.array(thresholds, np.int64).astype(unsigned)
-    return Cut(thresholds.reshape(counts.shape), np.array(ends, np.int32).reshape(counts.shape))  # type: ignore[arg-type]
+            end = np.flatnonzero(order == threshold)[wanted]
+        cuts.append((int(threshold) + 1, int(end)))
+    return cuts
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -238,17 +256,17 @@ def guess(sampled: Array, size: int, count: Array) -> Array:
     Args:
         sampled: ``[*batch, m]``.
         size: The number of entries that were sampled.
-        count: ``[*batch]``, k.
+        count: ``[..., *batch]``, k.
 
     Returns:
-        ``[2, *batch]``: orders that are probably reached by more and by fewer than k of the entries.
+        ``[2, ..., *batch]``: orders that are probably reached by more and by fewer than k of the entries.
     """
     m = sampled.shape[-1]
     share = count.astype(jnp.float32) / size
     margin = _MARGIN * jnp.sqrt(m * share * (1 - share)) + 1
     near = jnp.clip(jnp.stack([m * share + margin, m * share - margin]), 0, m).astype(jnp.int32)
     index = jnp.arange(m, dtype=jnp.int32)
-    return _bracket(ArrayPasses(jnp.broadcast_to(sampled, (2, *sampled.shape)), index), near).low
+    return _bracket(ArrayPasses(jnp.broadcast_to(sampled, (*near.shape, m)), index), near).low
 
 
 class _Bracket(NamedTuple):

@@ -39,18 +39,6 @@ class Factors(NamedTuple):
         return self.b[0].shape[0], self.a[0].shape[1]
 
 
-class TaskSet(NamedTuple):
-    """What a method is applied to.
-
-    Attributes:
-        tasks: ``[n, p, q]``.
-        weights: ``[n]``.
-    """
-
-    tasks: Array
-    weights: Array
-
-
 class Lifted(NamedTuple):
     """One pair of factors, ``[rank, in]`` and ``[out, rank]``, and what their truncation lost."""
 
@@ -64,7 +52,8 @@ class Space:
     """A pair of pure functions, and what they can hold.
 
     Attributes:
-        project: ``(factors, weights [n]) -> (task sets, frame)``; a method is applied to each set.
+        project: ``factors -> (task sets, frame)``: arrays ``[n, p, q]``; a method is applied to each of them.
+        weigh: ``(scales [n], weights [n]) ->`` the weights ``[n]`` for each task set.
         lift: ``(merged matrices, frame, rank) -> Lifted``.
         numbers: ``(ranks, out, in) ->`` how many numbers are held at once for a module, about.
         capacity: ``(ranks, out, in) ->`` the largest rank that a result can have.
@@ -75,7 +64,8 @@ class Space:
         as_stored: Whether the task sets are all A and all B as they are, so that they can be looked at before.
     """
 
-    project: Callable[[Factors, Array], tuple[Sequence[TaskSet], Any]]
+    project: Callable[[Factors], tuple[Sequence[Array], Any]]
+    weigh: Callable[[Array, Array], Sequence[Array]]
     lift: Callable[[Sequence[Array], Any, int], Lifted]
     numbers: Callable[[Sequence[int], int, int], int]
     capacity: Callable[[Sequence[int], int, int], int]
@@ -89,9 +79,14 @@ def _matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision="highest")
 
 
-def _project_dense(factors: Factors, weights: Array) -> tuple[Sequence[TaskSet], None]:
+def _as_given(scales: Array, weights: Array) -> Sequence[Array]:
+    del scales
+    return (weights,)
+
+
+def _project_dense(factors: Factors) -> tuple[Sequence[Array], None]:
     deltas = [s * _matmul(b, a) for a, b, s in zip(factors.a, factors.b, factors.scales, strict=True)]
-    return (TaskSet(jnp.stack(deltas), weights),), None
+    return (jnp.stack(deltas),), None
 
 
 def _lift_dense(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
@@ -100,7 +95,7 @@ def _lift_dense(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
     return Lifted(*balanced(u, s, vt), energy)
 
 
-def _project_rotated(factors: Factors, weights: Array) -> tuple[Sequence[TaskSet], tuple[Array, Array]]:
+def _project_rotated(factors: Factors) -> tuple[Sequence[Array], tuple[Array, Array]]:
     q_b, r_b = thin_qr(jnp.concatenate(factors.b, axis=1))
     q_a, r_a = thin_qr(jnp.concatenate(factors.a, axis=0).T)
     cores, start = [], 0
@@ -108,7 +103,7 @@ def _project_rotated(factors: Factors, weights: Array) -> tuple[Sequence[TaskSet
         block = slice(start, start + rank)
         cores.append(scale * _matmul(r_b[:, block], r_a[:, block].T))
         start += rank
-    return (TaskSet(jnp.stack(cores), weights),), (q_b, q_a)
+    return (jnp.stack(cores),), (q_b, q_a)
 
 
 def _lift_rotated(merged: Sequence[Array], frame: tuple[Array, Array], rank: int) -> Lifted:
@@ -116,14 +111,18 @@ def _lift_rotated(merged: Sequence[Array], frame: tuple[Array, Array], rank: int
     return Lifted(*lift_core(q_b, merged[0], q_a, rank))
 
 
-def _project_factors(factors: Factors, weights: Array) -> tuple[Sequence[TaskSet], None]:
-    coefficients = weights * factors.scales
+def _project_factors(factors: Factors) -> tuple[Sequence[Array], None]:
+    return (jnp.stack(factors.a), jnp.stack(factors.b)), None
+
+
+def _share_out(scales: Array, weights: Array) -> Sequence[Array]:
+    """The root of weight and scale, on A and on B."""
+    coefficients = weights * scales
     # The inner where keeps the gradient finite at a weight of 0.
     zero = coefficients == 0
     root = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, jnp.abs(coefficients))))
     # The sign goes on A alone: on both it would cancel in the product.
-    signed = jnp.where(coefficients >= 0, root, -root)
-    return (TaskSet(jnp.stack(factors.a), signed), TaskSet(jnp.stack(factors.b), root)), None
+    return jnp.where(coefficients >= 0, root, -root), root
 
 
 def _lift_factors(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
@@ -131,8 +130,11 @@ def _lift_factors(merged: Sequence[Array], frame: None, rank: int) -> Lifted:
     a, b = merged
     if rank < a.shape[0]:
         return Lifted(*truncate(a, b, min(rank, a.shape[1], b.shape[0])))
-    total = squared_norm(a, b)
-    return Lifted(a, b, Energy(total, jnp.zeros_like(total)))
+    return Lifted(a, b, _nothing_lost(squared_norm(a, b)))
+
+
+def _nothing_lost(total: Array) -> Energy:
+    return Energy(total, jnp.zeros_like(total), jnp.zeros_like(total))
 
 
 def stack(factors: Factors, weights: Array) -> Lifted:
@@ -154,8 +156,7 @@ def stack(factors: Factors, weights: Array) -> Lifted:
     rest = coefficients / power
     a = jnp.concatenate([c * a for c, a in zip(rest, factors.a, strict=True)], axis=0)
     b = jnp.concatenate([c * b for c, b in zip(power, factors.b, strict=True)], axis=1)
-    total = squared_norm(a, b)
-    return Lifted(a, b, Energy(total, jnp.zeros_like(total)))
+    return Lifted(a, b, _nothing_lost(squared_norm(a, b)))
 
 
 def _factor_numbers(ranks: Sequence[int], out: int, in_: int) -> int:
@@ -165,6 +166,7 @@ def _factor_numbers(ranks: Sequence[int], out: int, in_: int) -> int:
 
 FULL = Space(
     _project_dense,
+    _as_given,
     _lift_dense,
     # The dense deltas, and what a method makes of them.
     numbers=lambda ranks, out, in_: (len(ranks) + 3) * out * in_,
@@ -177,6 +179,7 @@ FULL_ROTATED = Space(
     # The same space seen in the orthonormal bases of all factors: R×R instead of out×in. Exact for methods
     # that commute with rotations of both sides.
     _project_rotated,
+    _as_given,
     _lift_rotated,
     numbers=_factor_numbers,
     capacity=lambda ranks, out, in_: min(out, in_, sum(ranks)),
@@ -184,6 +187,7 @@ FULL_ROTATED = Space(
 
 FACTORS = Space(
     _project_factors,
+    _share_out,
     _lift_factors,
     numbers=_factor_numbers,
     capacity=lambda ranks, out, in_: ranks[0],

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nothing of the tests goes into the user's cache folder.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import logging
 import warnings
 
 import chex
@@ -14,6 +13,7 @@ import pytest
 
 import jaxmerge as jm
 import tests.conftest  # noqa: F401  (sets the dtype promotion to strict)
+from tests.helpers import compilations
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -83,20 +83,6 @@ def reference_prune(x: np.ndarray, density: float) -> np.ndarray:
 def dyadic(shape, seed=0, dtype=np.float32) -> np.ndarray:
     """Multiples of 1/16 in [-2, 2]: zeros, heavy ties, and exact products and sums."""
     return (np.random.default_rng(seed).integers(-32, 33, size=shape) / 16).astype(dtype)
-
-
-def compilations(call) -> list[str]:
-    """What XLA compiles while ``call`` runs."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logging.getLogger("jax").addHandler(handler)
-    try:
-        with jax.log_compiles():
-            call()
-    finally:
-        logging.getLogger("jax").removeHandler(handler)
-    return [r.getMessage() for r in records if "Finished XLA compilation" in r.getMessage()]
 
 
 # The k-th magnitude

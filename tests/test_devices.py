@@ -73,6 +73,71 @@ for kind, way in itertools.product((AxisType.Auto, AxisType.Explicit), WAYS):
 print("the same everywhere")
 """
 
+# Small modules are spread whole; a large one by its rows, where there are too few of them.
+SPREAD = """
+import itertools, re
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+rng = np.random.default_rng(0)
+SHAPES = {"a": (600, 520), "b": (600, 520), "c": (600, 520), "d": (2048, 2056)}
+sources = [
+    jm.Adapter({name: jm.LoRA(rng.normal(size=(rank, i)).astype(np.float32),
+                              rng.normal(size=(o, rank)).astype(np.float32), 0.5) for name, (o, i) in SHAPES.items()})
+    for rank in (4, 6)
+]
+# Method, space: entrywise ones, and linear by QR and SVD.
+WAYS = [
+    {"method": "ties", "density": 0.2, "rank": 4},
+    {"method": "dare_ties", "density": 0.5, "key": jax.random.key(0), "rank": 4},
+    {"method": "magnitude_prune", "density": 0.3, "rank": 4},
+    {"rank": 4},
+    {},
+]
+for way in WAYS:
+    plain = jm.merge(sources, [1.0, -0.5], **way)
+    for shape, names in (((2,), ("x",)), ((8,), ("x",)), ((2, 4), ("x", "y"))):
+        for kind in (AxisType.Auto, AxisType.Explicit) if len(shape) == 2 else (AxisType.Explicit,):
+            mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=jax.devices()[: int(np.prod(shape))])
+            merged = jm.merge(sources, [1.0, -0.5], mesh=mesh, memory="1GB", **way)
+            for name, lora in plain.modules.items():
+                other = merged.modules[name]
+                assert np.array_equal(lora.a, other.a) and np.array_equal(lora.b, other.b), (way, shape, name)
+                wanted = NamedSharding(mesh, P(None, names)), NamedSharding(mesh, P(names, None))
+                assert other.a.sharding.is_equivalent_to(wanted[0], 2), other.a.sharding
+                assert other.b.sharding.is_equivalent_to(wanted[1], 2), other.b.sharding
+    print(way, "done")
+
+# What crosses between devices is small: counts, and thin blocks of a decomposition.
+mesh = jax.make_mesh((8,), ("x",))
+CROSSING = re.compile(r"= (\\S+) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)[-a-z]*\\(")
+for way in WAYS:
+    programs = jm.lower(sources, [1.0, -0.5], mesh=mesh, **way)
+    by_rows = "density" in way
+    assert len(programs) == 2
+    for lowered, rows in zip(programs, (False, by_rows)):
+        crossing = CROSSING.findall(lowered.compile().as_text())
+        sizes = [max([int(np.prod([int(d) for d in s.split(",") if d])) for s in re.findall(r"\\[([\\d,]*)\\]", shape)])
+                 for shape, _ in crossing]
+        if not rows:
+            assert not crossing, (way, crossing)
+        else:
+            assert crossing and max(sizes) <= 8 * 20 * 2056, (way, sorted(zip(sizes, crossing))[-3:])
+
+# In sharded, out sharded alike; given away, gone.
+mesh = jax.make_mesh((2, 4), ("x", "y"))
+place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "y")))
+given = [jm.Adapter({n: jm.LoRA(place(l.a), place(l.b) if l.rank == 4 else l.b, l.scale) for n, l in s.modules.items()})
+         for s in sources]
+leaves = jax.tree.leaves([s.modules for s in given])
+merged = jm.merge(given, [1.0, -0.5], method="ties", density=0.2, rank=4, mesh=mesh, donate=True)
+assert all(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
+expected = jm.merge(sources, [1.0, -0.5], method="ties", density=0.2, rank=4)
+for name, lora in expected.modules.items():
+    assert np.array_equal(lora.a, merged.modules[name].a) and np.array_equal(lora.b, merged.modules[name].b)
+    assert merged.modules[name].a.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "y")), 2)
+print("the same bits")
+"""
+
 PROCESSES = """
 import sys
 import orbax.checkpoint as v0
@@ -131,7 +196,7 @@ def run(program, *arguments, devices):
 
 def finished(process, words):
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, output[-3000:]
@@ -140,6 +205,10 @@ def finished(process, words):
 
 def test_trees_on_eight_devices_stay_where_they_are():
     finished(run(SHARDED, devices=8), "the same everywhere")
+
+
+def test_modules_and_rows_are_spread_with_the_same_bits():
+    finished(run(SPREAD.replace("\\\\", "\\"), devices=8), "the same bits")
 
 
 def test_two_processes_load_and_save_together(tmp_path):

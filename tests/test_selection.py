@@ -11,6 +11,7 @@ from jaxmerge.selection import (
     Cut,
     _cut_in_passes,
     cut_largest,
+    cut_on_host,
     flat_index,
     guess,
     magnitude_order,
@@ -66,6 +67,16 @@ def test_passes_and_partition_cut_where_a_stable_sort_does(kind, dtype):
         np.testing.assert_array_equal(kept(cut_largest(tensors, counts, batch=1), tensors), expected)
         in_passes = _cut_in_passes(jnp.asarray(tensors), jnp.asarray(counts), 1)
         np.testing.assert_array_equal(kept(in_passes, tensors), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_counts_at_once(kind):
+    tensors = entries(kind, "float32")
+    counts = np.tile(np.array([20_000, 0, 7, SIZE, 8_000, 8_000, 39_999], np.int32), (3, 1))
+    cuts = cut_on_host(tensors, counts)
+    for i in range(counts.shape[1]):
+        expected = np.stack([largest(row, count) for row, count in zip(tensors, counts[:, i], strict=True)])
+        np.testing.assert_array_equal(kept(Cut(cuts.threshold[:, i], cuts.end[:, i]), tensors), expected)
 
 
 def test_float64_and_odd_shapes():

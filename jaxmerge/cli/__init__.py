@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SPACES, TREES
+from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SCORES, SPACES, TREES, Hyperparameter
 from jaxmerge.layouts import LAYOUTS
 
 
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxmerge {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_merge(commands.add_parser("merge", help="merge adapters into one", description=_MERGE))
+    _add_sweep(commands.add_parser("sweep", help="score many settings of a merge, without data", description=_SWEEP))
     inspect = commands.add_parser("inspect", help="say what is in adapters", description=_INSPECT)
     inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
     _add_convert(commands.add_parser("convert", help="write an adapter in another format", description=_CONVERT))
@@ -81,6 +82,11 @@ _MERGE = (
     "Merge LoRA adapters of one base model into one adapter. Without options the result is the exact mean of "
     "their weight changes."
 )
+_SWEEP = (
+    "Score every combination of weights, scales, densities and seeds, without data: the energy that truncation keeps, "
+    "the smallest cosine between the merge and a task, and the norm of the merge. Nothing is written. Example: "
+    "jaxmerge sweep a b c --method ties --density 0.1 0.2 0.5 --scale 0.5 1 --plot sweep.png"
+)
 _CONVERT = (
     "Write an adapter in another format, exactly: PEFT to and from Tunix, MaxText and others. Example: "
     "jaxmerge convert my-adapter for-tunix --format tunix --layout llama3 --head-dim 128"
@@ -89,30 +95,14 @@ _INSPECT = "Say what is in adapters: modules, ranks, scales, dtypes, norms; what
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    # Weights may be negative and in scientific notation, which argparse takes for options.
-    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folders, in order")
+    _add_adapters(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    how = parser.add_argument_group("how to merge")
-    how.add_argument("--method", choices=list(METHODS), metavar="M", help=f"{', '.join(METHODS)} (linear)")
-    how.add_argument("--space", choices=list(SPACES), metavar="S", help=f"{', '.join(SPACES)} (the method's own)")
-    how.add_argument(
-        "--combination-type",
-        choices=list(COMBINATION_TYPES),
-        metavar="T",
-        help=f"one of PEFT's, in place of method and space: {', '.join(COMBINATION_TYPES)}",
-    )
+    how = _add_how(parser)
     how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per adapter, any sign (equal)")
-    how.add_argument("--rank", type=int, metavar="R", help="rank of the result (exact where there is such a rank)")
     how.add_argument("--seed", type=_seed, metavar="N", help="for methods that draw; N is jax.random.key(N)")
-    for name, hyperparameter in {h.name: h for row in METHODS.values() for h in row.hyperparameters}.items():
-        users = [method for method, row in METHODS.items() if name in {h.name for h in row.hyperparameters}]
-        how.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=float if hyperparameter.kind == "density" else str,
-            choices=hyperparameter.choices or None,
-            help=f"{hyperparameter.help} [{', '.join(users)}]",
-        )
+    for name, hyperparameter, users in _hyperparameters():
+        if hyperparameter.kind == "density":
+            how.add_argument(_flag(name), type=float, help=f"{hyperparameter.help} [{users}]")
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
     _add_format(what, required=False)
@@ -128,6 +118,71 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
     _add_reading(parser)
     _add_json(parser)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_adapters(parser)
+    _add_how(parser)
+    grid = parser.add_argument_group("the grid: every combination of these is a setting")
+    grid.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        action="append",
+        metavar="W",
+        help="one per adapter; may be given repeatedly",
+    )
+    grid.add_argument("--scale", nargs="+", type=float, metavar="X", help="what the merge is multiplied by (1)")
+    grid.add_argument("--seed", nargs="+", type=_seed, metavar="N", help="for methods that draw")
+    for name, hyperparameter, users in _hyperparameters():
+        if hyperparameter.kind == "density":
+            grid.add_argument(_flag(name), nargs="+", type=float, metavar="X", help=f"{hyperparameter.help} [{users}]")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--sort", choices=SCORES, default="worst_cosine", help="best first by this score (worst_cosine)")
+    shown.add_argument("--plot", metavar="FILE.png", help="draw the scores; .svg and .pdf too (needs matplotlib)")
+    _add_machine(parser)
+    _add_reading(parser)
+    _add_json(parser)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    # Weights may be negative and in scientific notation, which argparse takes for options.
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folders, in order")
+
+
+def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    how = parser.add_argument_group("how to merge")
+    how.add_argument("--method", choices=list(METHODS), metavar="M", help=f"{', '.join(METHODS)} (linear)")
+    how.add_argument("--space", choices=list(SPACES), metavar="S", help=f"{', '.join(SPACES)} (the method's own)")
+    how.add_argument(
+        "--combination-type",
+        choices=list(COMBINATION_TYPES),
+        metavar="T",
+        help=f"one of PEFT's, in place of method and space: {', '.join(COMBINATION_TYPES)}",
+    )
+    how.add_argument("--rank", type=int, metavar="R", help="rank of the result (exact where there is such a rank)")
+    for name, hyperparameter, users in _hyperparameters():
+        if hyperparameter.kind == "choice":
+            how.add_argument(_flag(name), choices=hyperparameter.choices, help=f"{hyperparameter.help} [{users}]")
+    return how
+
+
+def _hyperparameters() -> list[tuple[str, Hyperparameter, str]]:
+    """Every method's own options, with the methods that have them."""
+    rows = {h.name: h for row in METHODS.values() for h in row.hyperparameters}
+    return [
+        (
+            name,
+            row,
+            ", ".join(method for method in METHODS if name in {h.name for h in METHODS[method].hyperparameters}),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

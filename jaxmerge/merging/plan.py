@@ -32,7 +32,7 @@ from jaxmerge.merging.checks import (
     value_problems,
 )
 from jaxmerge.merging.stacks import Bucket, Program
-from jaxmerge.merging.steps import Plan
+from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.version import versions
 
 
@@ -105,9 +105,14 @@ def plan_merge(
     }
     metadata = dataclasses.replace(metadata, provenance=json.dumps(record))
     rest = Adapter(modules={}, extras=merged_extras, metadata=metadata)
-    return Plan(
-        program, adapters, weights, numbers, key if METHODS[method].random else None, buckets, rest, budget, donate
-    )
+    keys = as_keys([key]) if METHODS[method].random else None
+    return Plan(program, adapters, [Setting(weights, numbers)], keys, buckets, rest, budget, donate)
+
+
+def as_keys(keys: Sequence[Any]) -> Array:
+    """Keys as one array ``[S]`` of typed ones."""
+    typed = [key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key) for key in keys]
+    return jnp.stack(typed)
 
 
 def _buckets(

@@ -6,7 +6,7 @@ Kernels are written for one unbatched module and mapped here over modules and th
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Program:
         mesh: What modules are spread over.
         by_rows: Whether the rows of each module's delta are spread over it instead.
         at_once: How many modules an accelerator works on at the same time.
+        sweeps: Whether results keep the axis of settings, of which there is one otherwise.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Program:
     mesh: Mesh | None = None
     by_rows: bool = False
     at_once: int = 1
+    sweeps: bool = False
 
     @property
     def in_blocks(self) -> bool:
@@ -103,7 +105,7 @@ class Draws(NamedTuple):
     """What modules draw from.
 
     Attributes:
-        key: Of the merge.
+        key: ``[S]``, of each merge.
         modules: ``[L]`` uint32, a stable hash of each module's path.
         tasks: ``[n]`` uint32, the adapters' positions.
     """
@@ -113,21 +115,25 @@ class Draws(NamedTuple):
     tasks: Array
 
     def keys(self) -> Array:
-        """``[L, n]`` keys, that hang on nothing else."""
+        """``[L, S, n]`` keys, that hang on nothing else."""
         fold = jax.random.fold_in
-        return jax.vmap(lambda h: jax.vmap(lambda i: fold(fold(self.key, h), i))(self.tasks))(self.modules)
+
+        def module(hashed: Array) -> Array:
+            return jax.vmap(lambda key: jax.vmap(lambda i: fold(fold(key, hashed), i))(self.tasks))(self.key)
+
+        return jax.vmap(module)(self.modules)
 
 
 class Inputs(NamedTuple):
-    """The arrays of L modules of one bucket in n adapters.
+    """The arrays of L modules of one bucket in n adapters, and S settings to merge them with.
 
     Attributes:
         a: n of ``[L, *batch, rᵢ, in]``.
         b: n of ``[L, *batch, out, rᵢ]``.
         scales: ``[L, n]``.
-        weights: ``[L, n]``.
-        keys: ``[L, n]`` keys, or what they are folded from; None for a method that draws nothing.
-        cuts: Of each task set ``[L * batch, n]``, where the largest entries of each task end; None if that is to be
+        weights: ``[L, S, n]``.
+        keys: ``[L, S, n]`` keys, or what they are folded from; None for a method that draws nothing.
+        cuts: Of each task set ``[L * batch, S, n]``, where the largest entries of each task end; None if that is to be
             found.
     """
 
@@ -146,56 +152,64 @@ def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[i
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, in_ = features
 
-    def project(a: list[Array], b: list[Array], numbers: Array) -> Sequence[spaces.TaskSet]:
-        return form.project(spaces.Factors(a, b, numbers), numbers)[0]
+    def project(a: list[Array], b: list[Array], scales: Array) -> Sequence[Array]:
+        return form.project(spaces.Factors(a, b, scales))[0]
 
     sets = jax.eval_shape(
         project, [shape((r, in_)) for r in ranks], [shape((out, r)) for r in ranks], shape((len(ranks),))
     )
-    return tuple(math.prod(one.tasks.shape[1:]) for one in sets)
+    return tuple(math.prod(tasks.shape[1:]) for tasks in sets)
 
 
-def bind_numbers(program: Program, bucket: Bucket, numbers: Mapping[str, Any]) -> list[dict[str, Density]]:
-    """Binds the numeric hyperparameters to the size of each task set that the space makes of a module."""
-    sizes = set_sizes(program.space, program.method, bucket.features, bucket.ranks)
-    return [{name: bind_density(value, size) for name, value in numbers.items()} for size in sizes]
+# The numeric hyperparameters of S settings, bound to the size of each task set: name -> ``[S]``.
+Numbers = Sequence[Mapping[str, Density]]
 
 
-def find_cuts(
-    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
-) -> tuple[Cut, ...] | None:
+def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[str, Any]]) -> Numbers:
+    """Binds the numeric hyperparameters of each setting to the size of each task set that the space makes."""
+
+    def along_settings(*leaves: Any) -> Any:
+        return np.stack(leaves) if all(map(on_host, leaves)) else jnp.stack(leaves)
+
+    def bind(size: int) -> Mapping[str, Density]:
+        bound = [{name: bind_density(value, size) for name, value in numbers.items()} for numbers in settings]
+        return jax.tree.map(along_settings, *bound)
+
+    return [bind(size) for size in set_sizes(program.space, program.method, bucket.features, bucket.ranks)]
+
+
+def find_cuts(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> tuple[Cut, ...] | None:
     """The cuts of tasks that lie in the host's memory as they are, where NumPy finds them sooner than a program."""
     if not (program.form.as_stored and program.row.pruning == "magnitude"):
         return None
     counts = [one["density"].count for one in numbers]
     if not all(map(on_host, (*counts, *inputs.a, *inputs.b))):
         return None
-    cuts = []
-    for arrays, count in zip((inputs.a, inputs.b), counts, strict=True):
+
+    def cuts_of(arrays: Sequence[Any], count: Any) -> Cut:
         tasks = [np.asarray(x).reshape(-1, math.prod(x.shape[-2:])) for x in arrays]
-        modules = range(tasks[0].shape[0])
-        rows = (task[i].astype(bucket.wide, copy=False) for i in modules for task in tasks)
-        cuts.append(cut_on_host(rows, np.full((len(modules), len(tasks)), np.asarray(count))))
-    return tuple(cuts)
+        modules, n = tasks[0].shape[0], len(tasks)
+        rows = (task[i].astype(bucket.wide, copy=False) for i in range(modules) for task in tasks)
+        cut = cut_on_host(rows, np.broadcast_to(np.asarray(count), (modules * n, len(count))))
+        return jax.tree.map(lambda x: x.reshape(modules, n, -1).swapaxes(1, 2), cut)
+
+    return tuple(map(cuts_of, (inputs.a, inputs.b), counts))
 
 
 @functools.partial(jax.jit, static_argnames=("program", "bucket"))
-def merge_module(
-    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
-) -> spaces.Lifted:
-    """Merges one module, as `merge_stack` merges L: without the axis L."""
+def merge_module(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:
+    """Merges one module, as `merge_stack` merges L: without the axis L of the factors."""
     expanded = inputs._replace(
         a=tuple(a[None] for a in inputs.a),
         b=tuple(b[None] for b in inputs.b),
     )
-    return jax.tree.map(lambda x: x[0], _merge_stack(program, bucket, expanded, numbers))
+    axis = 1 if program.sweeps else 0
+    return jax.tree.map(lambda x: jnp.squeeze(x, axis), _merge_stack(program, bucket, expanded, numbers))
 
 
 @functools.partial(jax.jit, static_argnames=("program", "bucket"))
-def merge_stack(
-    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
-) -> spaces.Lifted:
-    """Merges L modules of one bucket.
+def merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:
+    """Merges L modules of one bucket with S settings.
 
     Args:
         program: The method and its space.
@@ -204,14 +218,13 @@ def merge_stack(
         numbers: From `bind_numbers`.
 
     Returns:
-        ``[L, *batch, rank, in]``, ``[L, *batch, out, rank]``, and energies ``[L]``.
+        ``[S, L, *batch, rank, in]``, ``[S, L, *batch, out, rank]``, and energies ``[S, L]``; without the axis S if the
+        program does not sweep.
     """
     return _merge_stack(program, bucket, inputs, numbers)
 
 
-def _merge_stack(
-    program: Program, bucket: Bucket, inputs: Inputs, numbers: Sequence[Mapping[str, Density]]
-) -> spaces.Lifted:
+def _merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:
     def merge_one(one: Inputs, block: int) -> spaces.Lifted:
         lifted = _merge_module(program, bucket, one, numbers, block)
         dtype = jnp.dtype(bucket.dtype)
@@ -234,39 +247,54 @@ def _merge_stack(
         inputs = inputs._replace(keys=inputs.keys.keys())
     spread = on_all_devices if program.by_rows else over_modules
     lifted = spread(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
-    a, b = (x.reshape(-1, *bucket.batch, *x.shape[1:]) for x in (lifted.a, lifted.b))
     layers = math.prod(bucket.batch)
-    energy = jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers), axis=1), lifted.energy)
-    return spaces.Lifted(a, b, energy)
+
+    def unflatten(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(-1, *bucket.batch, *x.shape[1:]), 1 + len(bucket.batch), 0)
+        return x if program.sweeps else jnp.squeeze(x, 0)
+
+    energy = jax.tree.map(lambda x: jnp.sum(x.reshape(-1, layers, x.shape[1]), axis=1).T, lifted.energy)
+    energy = energy if program.sweeps else jax.tree.map(lambda x: jnp.squeeze(x, 0), energy)
+    return spaces.Lifted(unflatten(lifted.a), unflatten(lifted.b), energy)
 
 
-def _merge_module(
-    program: Program, bucket: Bucket, one: Inputs, numbers: Sequence[Mapping[str, Density]], block: int
-) -> spaces.Lifted:
-    """``lift ∘ method ∘ project`` for one unbatched module: `Inputs` without the axis L."""
+class _Setting(NamedTuple):
+    """What a module is merged with: of S settings, or of one of them."""
+
+    weights: Array
+    keys: Any
+    numbers: Numbers
+
+
+def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Numbers, block: int) -> spaces.Lifted:
+    """``lift ∘ method ∘ project`` for one unbatched module, `Inputs` without the axis L, with S settings.
+
+    What all settings share is done once.
+    """
     factors = spaces.Factors([a.astype(bucket.wide) for a in one.a], [b.astype(bucket.wide) for b in one.b], one.scales)
+    if one.cuts is not None:
+        numbers = [_with_cut(bound, cut) for bound, cut in zip(numbers, one.cuts, strict=True)]
+    settings = _Setting(one.weights, one.keys, numbers)
     if program.stacks(bucket.ranks, bucket.rank):
-        return spaces.stack(factors, one.weights)
+        return _each(lambda setting: spaces.stack(factors, setting.weights), settings)
     if program.in_blocks:
-        return _merge_in_blocks(program, bucket, factors, one, numbers[0], block)
+        return _merge_in_blocks(program, bucket, factors, settings, block)
     method, form = program.row.load(), program.form
-    sets, frame = form.project(factors, one.weights)
-    merged = []
-    for i, (task_set, bound) in enumerate(zip(sets, numbers, strict=True)):
-        if one.cuts is not None:
-            bound = {name: dataclasses.replace(density, cut=one.cuts[i]) for name, density in bound.items()}
-        key = {} if one.keys is None else {"key": _set_keys(one, i)}
-        merged.append(method(*task_set, **bound, **dict(program.choices), **key))
-    return form.lift(merged, frame, bucket.rank)
+    sets, frame = form.project(factors)
+
+    def merge(setting: _Setting) -> spaces.Lifted:
+        merged = []
+        weights = form.weigh(factors.scales, setting.weights)
+        for i, (tasks, own, bound) in enumerate(zip(sets, weights, setting.numbers, strict=True)):
+            key = {} if setting.keys is None else {"key": _set_keys(setting.keys, i)}
+            merged.append(method(tasks, own, **bound, **dict(program.choices), **key))
+        return form.lift(merged, frame, bucket.rank)
+
+    return _each(merge, settings)
 
 
 def _merge_in_blocks(
-    program: Program,
-    bucket: Bucket,
-    factors: spaces.Factors,
-    one: Inputs,
-    numbers: Mapping[str, Density],
-    block: int,
+    program: Program, bucket: Bucket, factors: spaces.Factors, settings: _Setting, block: int
 ) -> spaces.Lifted:
     """The same where the tasks are dense deltas and the method prunes and combines, without forming them whole."""
     row, n, widest = program.row, len(bucket.ranks), max(bucket.ranks)
@@ -274,20 +302,38 @@ def _merge_in_blocks(
     a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
     b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
     passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, block, axes, shards))
-    density = numbers["density"]
     if row.pruning == "magnitude":
-        count = jnp.broadcast_to(density.count, (n,))
-        pruning = Largest(search(passes, count, passes.guess(count)))
-    else:
-        pruning = AtRandom(density.value, jnp.asarray(True), _set_keys(one, 0))
+        (bound,) = settings.numbers
+        # One search for all settings: their thresholds are compared with each block while it is there.
+        count = jnp.broadcast_to(bound["density"].count[:, None], (settings.weights.shape[0], n))
+        settings = settings._replace(numbers=[_with_cut(bound, search(passes, count, passes.guess(count)))])
     combine = functools.partial(row.load_combine(), **dict(program.choices))
-    u, s, vt, energy = truncated_svd(dense.merge_entries(passes, one.weights, pruning, combine), bucket.rank)
-    return spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy)
+
+    def merge(setting: _Setting) -> spaces.Lifted:
+        density = setting.numbers[0]["density"]
+        if density.cut is not None:
+            pruning = Largest(density.cut)
+        else:
+            pruning = AtRandom(density.value, jnp.asarray(True), _set_keys(setting.keys, 0))
+        u, s, vt, energy = truncated_svd(dense.merge_entries(passes, setting.weights, pruning, combine), bucket.rank)
+        return spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy)
+
+    return _each(merge, settings)
 
 
-def _set_keys(one: Inputs, i: int) -> Array:
+def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting) -> spaces.Lifted:
+    """Merges with one setting after another; one alone needs no loop."""
+    if settings.weights.shape[0] > 1:
+        return jax.lax.map(merge, settings)
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], merge(jax.tree.map(lambda x: x[0], settings)))
+
+
+def _with_cut(bound: Mapping[str, Density], cut: Cut) -> Mapping[str, Density]:
+    return {name: dataclasses.replace(density, cut=cut) for name, density in bound.items()}
+
+
+def _set_keys(keys: Array, i: int) -> Array:
     """The tasks' keys for one of the task sets that a space makes of a module."""
-    keys: Any = one.keys
     return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
 
@@ -306,7 +352,8 @@ def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
     keys = inputs.keys
     if keys is not None:
         index = jnp.tile(jnp.arange(layers, dtype=jnp.uint32), keys.shape[0])
-        keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))(repeat(keys), index)
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+        keys = jax.vmap(fold)(repeat(keys), index)
     return Inputs(
         tuple(map(flatten, inputs.a)),
         tuple(map(flatten, inputs.b)),

@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxmerge.merging.stacks import (
     Bucket,
     Draws,
     Inputs,
+    Numbers,
     Program,
     bind_numbers,
     find_cuts,
@@ -31,10 +32,21 @@ from jaxmerge.merging.stacks import (
     merge_stack,
 )
 from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement
-from jaxmerge.sparsify import Density
 
 # How many steps are begun before the first of them is waited for.
 _AHEAD = 2
+
+
+class Setting(NamedTuple):
+    """What a merge can be repeated with, without being compiled again.
+
+    Attributes:
+        weights: One per adapter.
+        numbers: The numeric hyperparameters.
+    """
+
+    weights: Sequence[ArrayLike]
+    numbers: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +56,8 @@ class Plan:
     Attributes:
         program: The method and its space.
         adapters: In the user's order.
-        weights: One per adapter.
-        numbers: The numeric hyperparameters.
-        key: For a method that draws.
+        settings: What to merge with; one, if the program does not sweep.
+        keys: ``[S]``, one for each setting, for a method that draws.
         memory: The bytes that a stack of modules may take on one device.
         donate: Whether the adapters' arrays may be given up once they are read.
         buckets: The modules of each bucket, by the positions of the adapters that have them.
@@ -55,9 +66,8 @@ class Plan:
 
     program: Program
     adapters: Sequence[Adapter]
-    weights: Sequence[ArrayLike]
-    numbers: Mapping[str, Any]
-    key: Array | None
+    settings: Sequence["Setting"]
+    keys: Array | None
     buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]]
     rest: Adapter
     memory: int
@@ -71,7 +81,7 @@ class Plan:
         mesh, steps = self.program.mesh, []
         for (bucket, present), paths in self.buckets.items():
             program, devices = self.program, device_count(mesh)
-            numbers = bind_numbers(program, bucket, self.numbers)
+            numbers = bind_numbers(program, bucket, [setting.numbers for setting in self.settings])
             if mesh is None and self._lie_on_host(present, paths):
                 steps += [Step(self, program, bucket, present, [path], 0, numbers) for path in paths]
                 continue
@@ -121,11 +131,15 @@ class Plan:
 
     def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
         """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
+        biases = [self._bias_with(setting.weights, path, dtype) for setting in self.settings]
+        return jnp.stack(biases) if self.program.sweeps and biases[0] is not None else biases[0]  # type: ignore[arg-type]
+
+    def _bias_with(self, weights: Sequence[ArrayLike], path: str, dtype: jnp.dtype) -> Array | None:
         wide = promote(dtype, jnp.float32)
         with precision(wide):
             terms = [
                 jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
-                for weight, adapter in zip(self.weights, self.adapters, strict=True)
+                for weight, adapter in zip(weights, self.adapters, strict=True)
                 if (lora := adapter.modules.get(path)) is not None and lora.bias is not None
             ]
             return functools.reduce(operator.add, terms).astype(dtype) if terms else None
@@ -152,12 +166,14 @@ class Step:
     present: tuple[int, ...]
     paths: Sequence[str]
     padded: int
-    numbers: Sequence[Mapping[str, Density]]
+    numbers: Numbers
 
     def start(self) -> spaces.Lifted:
         """Begins to merge the modules."""
         with precision(self.bucket.wide):
-            merged = self._function(*self._arguments())
+            arguments = self._arguments()
+            alone = self.program.sweeps and self.program.form.as_stored and not self.padded
+            merged = _setting_by_setting(*arguments) if alone else self._function(*arguments)
         if self.plan.donate:
             for leaf in self._leaves():
                 if isinstance(leaf, jax.Array) and has_values(leaf):
@@ -178,6 +194,8 @@ class Step:
                 release(leaf)
             if not self.padded:
                 return {self.paths[0]: (LoRA(merged.a, merged.b), merged.energy)}
+            if self.program.sweeps:  # Settings come first; modules are taken apart.
+                merged = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), merged)
             a, b, total, lost, missed = map(_unstack, jax.tree.leaves(merged))
             first = [self.plan.adapters[self.present[0]].modules[path] for path in self.paths]
             return {
@@ -206,6 +224,13 @@ class Step:
     def _function(self) -> Any:
         return merge_stack if self.padded else merge_module
 
+    def _weights(self, modules: int) -> Array:
+        """``[L, S, n]``."""
+        rows = [[setting.weights[i] for setting in self.plan.settings] for i in self.present]
+        table = _table(rows, self.bucket.wide)
+        broadcast = jnp.broadcast_to if isinstance(table, jax.Array) else np.broadcast_to
+        return broadcast(table, (modules, *table.shape))  # type: ignore[return-value]
+
     def _arguments(self) -> tuple[Any, ...]:
         plan, present, wide = self.plan, self.present, self.bucket.wide
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
@@ -221,12 +246,27 @@ class Step:
             a=a,
             b=b,
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
-            weights=_table([[plan.weights[i]] * len(paths) for i in present], wide),
-            keys=None if plan.key is None else _draws(plan.key, paths, present),
+            weights=self._weights(len(paths)),
+            keys=None if plan.keys is None else _draws(plan.keys, paths, present),
         )
         if not self.padded:
             inputs = inputs._replace(cuts=find_cuts(self.program, self.bucket, inputs, self.numbers))
         return self.program, self.bucket, inputs, self.numbers
+
+
+def _setting_by_setting(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:
+    """A sweep where settings share nothing but their inputs: by the program that merges with one of them."""
+    program = dataclasses.replace(program, sweeps=False)
+
+    def merged(i: int) -> spaces.Lifted:
+        def here(x: Any) -> Any:
+            return x[:, i : i + 1]
+
+        keys = inputs.keys if inputs.keys is None else inputs.keys._replace(key=inputs.keys.key[i : i + 1])
+        own = inputs._replace(weights=here(inputs.weights), keys=keys, cuts=jax.tree.map(here, inputs.cuts))
+        return merge_module(program, bucket, own, jax.tree.map(lambda x: x[i : i + 1], numbers))
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(merged, range(inputs.weights.shape[1])))
 
 
 def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
@@ -254,6 +294,6 @@ def _unstack(array: Array) -> list[Array]:
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 
 
-def _draws(key: Array, paths: Sequence[str], present: Sequence[int]) -> Draws:
+def _draws(keys: Array, paths: Sequence[str], present: Sequence[int]) -> Draws:
     hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-    return Draws(key, hashes, np.array(present, np.uint32))  # type: ignore[arg-type]
+    return Draws(keys, hashes, np.array(present, np.uint32))  # type: ignore[arg-type]

@@ -1,0 +1,224 @@
+"""Many settings of one merge in one compile: weights, scales, densities and seeds, scored where they are made."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from jaxmerge.base import Adapter, Array, LoRA, promote
+from jaxmerge.catalog import METHODS
+from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, raise_problems
+from jaxmerge.merging.plan import as_keys, plan_merge
+from jaxmerge.merging.steps import Plan, Setting
+from jaxmerge.sparsify import round_to
+
+Grid = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        settings: S settings, each the grid's names with a value.
+        scores: What ``evaluate`` returned, with an axis ``[S]`` in front, in NumPy.
+        adapters: The merged adapters, if they were asked for.
+    """
+
+    settings: list[dict[str, Any]]
+    scores: Any
+    adapters: list[Adapter] | None = None
+
+
+def sweep(
+    adapters: Sequence[Adapter],
+    evaluate: Callable[[Adapter], Any],
+    grid: Grid,
+    *,
+    method: str | None = None,
+    space: str | None = None,
+    rank: int | None = None,
+    combination_type: str | None = None,
+    weights: Sequence[ArrayLike] | None = None,
+    key: Array | None = None,
+    mesh: Mesh | None = None,
+    memory: int | str | None = None,
+    traced: bool = True,
+    keep: bool = False,
+    **hyperparameters: Any,
+) -> Sweep:
+    """Merges with every setting of a grid and scores the results.
+
+    What settings share is done once: bases of the factors, the passes that find thresholds, and whole merges where only
+    the scale differs. Nothing is compiled twice, whatever the grid holds.
+
+    Args:
+        adapters: As in `jaxmerge.merge`.
+        evaluate: A merged adapter -> its score: a scalar, or a pytree of such. It is traced by JAX, unless
+            ``traced`` is False: it then gets arrays and may do what it likes, one setting at a time.
+        grid: Name -> values; every combination is a setting. ``"weights"``: one number per adapter each.
+            ``"scale"``: the λ that the merge is multiplied by. ``"seed"``: of ``jax.random.key``. And the method's
+            numeric hyperparameters, such as ``"density"``.
+        method: As in `jaxmerge.merge`.
+        space: As in `jaxmerge.merge`.
+        rank: As in `jaxmerge.merge`.
+        combination_type: As in `jaxmerge.merge`.
+        weights: As in `jaxmerge.merge`, where they are not in the grid.
+        key: As in `jaxmerge.merge`, where seeds are not in the grid.
+        mesh: As in `jaxmerge.merge`.
+        memory: As in `jaxmerge.merge`; merged adapters of as many settings as fit are held at once.
+        traced: Whether ``evaluate`` is traced.
+        keep: Whether the merged adapters are returned too.
+        **hyperparameters: As in `jaxmerge.merge`, where they are not in the grid.
+
+    Returns:
+        Settings and scores; the last name of the grid changes fastest.
+
+    Raises:
+        ValueError: As `jaxmerge.merge` does; and if the grid does not fit the method.
+    """
+    fixed = {
+        "method": method, "space": space, "rank": rank, "combination_type": combination_type, "weights": weights,
+        "key": key, "mesh": mesh, "memory": memory, **hyperparameters,
+    }  # fmt: skip
+    _check_grid(grid, fixed)
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    scales = list(grid.get("scale", (1.0,)))
+    merges = [dict(zip(names, values, strict=True)) for names, values in _merges(grid)]
+    plan = _plan(adapters, merges, fixed)
+    bytes_each = sum(
+        (bucket.rank * sum(bucket.features) * math.prod(bucket.batch)) * 4 * len(paths)
+        for (bucket, _), paths in plan.buckets.items()
+    )
+    at_once = max(1, plan.memory // (2 * bytes_each))
+    scored, kept = [], []
+    for start in range(0, len(merges), at_once):
+        part = slice(start, start + at_once)
+        chunk = dataclasses.replace(
+            plan, settings=plan.settings[part], keys=None if plan.keys is None else plan.keys[part]
+        )
+        merged = _merged(chunk)
+        count = len(chunk.settings)
+        if traced:
+            scored.append(_evaluate(jax.tree_util.Partial(evaluate), merged, jnp.asarray(scales, jnp.float32)))
+        else:
+            each = [[evaluate(_scaled(_one(merged, i), scale)) for scale in scales] for i in range(count)]
+            scored.append(_stacked([_stacked(row) for row in each]))
+        if keep:
+            kept += [_one(merged, i) for i in range(count)]
+    scores = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *scored)
+    # Where each setting lies among merges and scales.
+    place = {_frozen(merge): i for i, merge in enumerate(merges)}
+    at = [
+        (place[_frozen({k: v for k, v in setting.items() if k != "scale"})], scales.index(setting.get("scale", 1.0)))
+        for setting in settings
+    ]
+    rows, columns = (np.array(index) for index in zip(*at, strict=True))
+    found = [_scaled(kept[i], scales[j]) for i, j in at] if keep else None
+    return Sweep(settings, jax.tree.map(lambda x: x[rows, columns], scores), found)
+
+
+def _merges(grid: Grid) -> list[tuple[list[str], tuple[Any, ...]]]:
+    """The settings of all that is not a scale."""
+    names = [name for name in grid if name != "scale"]
+    return [(names, values) for values in itertools.product(*[grid[name] for name in names])]
+
+
+def _frozen(setting: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, tuple(np.ravel(np.asarray(value)).tolist())) for name, value in setting.items())
+
+
+def _check_grid(grid: Grid, fixed: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a grid that cannot be."""
+    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.kind == "density"}
+    known = {"weights", "scale", "seed", *numeric}
+    problems = [f"the grid has no values for {name}" for name, values in grid.items() if len(values) == 0]
+    listed = ", ".join(sorted(known))
+    problems += [f"unknown name {name!r} in the grid: there are {listed}" for name in grid if name not in known]
+    twice = [name for name in grid if fixed.get("key" if name == "seed" else name) is not None]
+    problems += [f"{name} is both in the grid and given for all settings" for name in twice]
+    for scale in grid.get("scale", ()):
+        if np.ndim(scale) != 0 or not np.isfinite(scale):
+            problems.append(f"scale {scale!r} in the grid is not a finite number")
+    raise_problems(problems)
+
+
+def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any]) -> Plan:
+    """The plan of all merges; each of them is checked."""
+
+    def arguments(merge: Mapping[str, Any]) -> dict[str, Any]:
+        key = {"key": jax.random.key(merge["seed"])} if "seed" in merge else {}
+        return {**fixed, **{name: value for name, value in merge.items() if name != "seed"}, **key}
+
+    first = plan_merge(adapters, **arguments(merges[0]))
+    row, settings, keys = first.program.row, [], []
+    problems: list[str] = []
+    for merge in merges:
+        given = arguments(merge)
+        numbers = {name: given[name] for name in first.settings[0].numbers}
+        choices = dict(first.program.choices)
+        problems += hyperparameter_problems(first.program.method, {**choices, **numbers})
+        weights = checked_weights(given["weights"], len(adapters), row.averages, problems)
+        settings.append(Setting(weights, numbers))
+        keys.append(given["key"])
+    raise_problems(list(dict.fromkeys(problems)))
+    return dataclasses.replace(
+        first,
+        program=dataclasses.replace(first.program, sweeps=True),
+        settings=settings,
+        keys=None if first.keys is None else as_keys(keys),
+    )
+
+
+def _merged(plan: Plan) -> Adapter:
+    """The merged adapters as one, with an axis ``[S]`` in front of every array."""
+    merged = plan.finish(list(plan.run()))
+    # What it was made with is not one thing, and would make programs differ.
+    merged = dataclasses.replace(merged, metadata=dataclasses.replace(merged.metadata, provenance="{}"))
+    ones = jnp.ones(len(plan.settings), jnp.float32)
+    modules = {path: dataclasses.replace(lora, scale=ones) for path, lora in merged.modules.items()}
+    return dataclasses.replace(merged, modules=modules)
+
+
+def _one(stacked: Adapter, i: int) -> Adapter:
+    """The adapter of one setting; extras hang on none."""
+    modules, energy = jax.tree.map(lambda x: x[i], (stacked.modules, stacked.energy))
+    return dataclasses.replace(stacked, modules=modules, energy=energy)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def _scaled(adapter: Adapter, scale: ArrayLike) -> Adapter:
+    """An adapter of scale 1 times a number."""
+
+    def times(lora: LoRA) -> LoRA:
+        b = jnp.asarray(lora.b, promote(lora.b.dtype, jnp.float32))
+        b = round_to(b * jnp.asarray(scale, b.dtype), lora.b.dtype)
+        return dataclasses.replace(lora, b=b, scale=1.0)
+
+    energy = jax.tree.map(lambda x: x * jnp.asarray(scale, x.dtype) ** 2, adapter.energy)
+    return dataclasses.replace(
+        adapter, modules={path: times(lora) for path, lora in adapter.modules.items()}, energy=energy
+    )
+
+
+@jax.jit
+def _evaluate(evaluate: Callable[[Adapter], Any], stacked: Adapter, scales: Array) -> Any:
+    """Scores ``[S, scales]``."""
+    each = (stacked.modules, stacked.energy)
+
+    def score(one: Any) -> Any:
+        adapter = dataclasses.replace(stacked, modules=one[0], energy=one[1])
+        return jax.lax.map(lambda scale: evaluate(_scaled(adapter, scale)), scales)
+
+    return jax.lax.map(score, each)

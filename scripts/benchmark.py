@@ -1,0 +1,374 @@
+"""The benchmark: jaxmerge and its peers on the same inputs in one run, as ratios. Called by scripts/bench.
+
+    scripts/bench [--parts types prune cli sweep devices] [--adapters 4 8] [--densities 0.2 0.5] [--readme]
+
+Merges are of random rank-16 adapters with the shapes of Llama-3-8B (all seven linear layers), measured on two layers
+and scaled to its 32. PEFT runs its own ``add_weighted_adapter`` on a model of the same shapes. Its ``*_svd`` types are
+measured per shape: the kernel on the dense deltas, and one ``torch.linalg.svd`` as PEFT calls it. Modules 14336 wide
+are scaled from 4096×4096 by the number of operations, since one of their decompositions takes an hour.
+
+Every measurement runs in a process of its own, so that its peak memory is its own. Results go to
+.bench/results.json, and with --readme into the table of README.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+LAYERS, MEASURED, RANK, ALPHA = 32, 2, 16, 32
+FACTOR_TYPES = ("cat", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+DENSE_TYPES = ("svd", "magnitude_prune_svd", "ties_svd", "dare_linear_svd", "dare_ties_svd")
+
+
+def needs_density(kind: str) -> bool:
+    """Whether a combination type prunes."""
+    return kind not in ("cat", "linear", "svd")
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """The shortest of several wall times."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def factors(n: int, shapes: dict[str, tuple[int, int]]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Random factors of n adapters: module -> a, b."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) / 64
+
+    return [{name: (normal(RANK, i), normal(o, RANK)) for name, (o, i) in shapes.items()} for _ in range(n)]
+
+
+def layers(count: int) -> dict[str, tuple[int, int]]:
+    """The shapes of so many layers."""
+    return {f"model.layers.{i}.{name}": shape for i in range(count) for name, shape in SHAPES.items()}
+
+
+# Each of these runs in a process of its own and returns a record.
+
+
+def ours(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """What jaxmerge takes on two layers."""
+    import jax
+
+    import jaxmerge as jm
+
+    del modules
+    adapters = [
+        jm.Adapter({name: jm.LoRA(a, b, ALPHA / RANK) for name, (a, b) in one.items()})
+        for one in factors(n, layers(MEASURED))
+    ]
+    before = _peak()
+    arguments: dict[str, Any] = {"density": density} if needs_density(kind) else {}
+    if "dare" in kind:
+        arguments["key"] = jax.random.key(0)
+
+    def merge() -> None:
+        jax.block_until_ready(jm.merge(adapters, combination_type=kind, **arguments))
+
+    cold = seconds(merge, 1)
+    warm = seconds(merge, 2 if kind.endswith("_svd") else 7)
+    return {"cold": cold, "warm": warm, "peak": _peak(), "beyond inputs": _peak() - before}
+
+
+def peft_factors(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """PEFT's add_weighted_adapter on two layers."""
+    import peft
+    import torch
+
+    del modules
+    shapes = layers(MEASURED)
+    model = torch.nn.Module()
+    for name, (o, i) in shapes.items():
+        place = model
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            if not hasattr(place, parent):
+                place.add_module(parent, torch.nn.Module())
+            place = getattr(place, parent)
+        # Never initialised, and so never in memory: nobody computes with the base model.
+        place.add_module(leaf, torch.nn.utils.skip_init(torch.nn.Linear, i, o, bias=False))
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[name.rsplit(".", 1)[1] for name in SHAPES])
+    names = [f"a{i}" for i in range(n)]
+    adapted: Any = peft.PeftModel(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, config)
+    lora = {name: adapted.base_model.model.get_submodule(name) for name in shapes}
+    with torch.no_grad():
+        for adapter, one in zip(names, factors(n, shapes), strict=True):
+            for name, (a, b) in one.items():
+                lora[name].lora_A[adapter].weight.copy_(torch.from_numpy(a))
+                lora[name].lora_B[adapter].weight.copy_(torch.from_numpy(b))
+    before = _peak()
+
+    def merge() -> None:
+        adapted.add_weighted_adapter(
+            names, [1.0] * n, "merged", combination_type=kind, density=density if needs_density(kind) else None
+        )
+
+    times = []
+    for _ in range(3):
+        times.append(seconds(merge, 1))
+        adapted.delete_adapter("merged")
+    return {"warm": min(times), "peak": _peak(), "beyond inputs": _peak() - before}
+
+
+def peft_dense(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """PEFT's kernel on the dense deltas of one module of each measured shape, scaled to two layers."""
+    import torch
+    from peft.utils import merge_utils
+
+    del modules
+    total = 0.0
+    for name, count in (("self_attn.k_proj", 2.0), ("self_attn.q_proj", 2.0 + 3 * 3.5)):
+        shape = SHAPES[name]
+        with torch.no_grad():
+            pairs = [one[name] for one in factors(n, {name: shape})]
+            start = time.perf_counter()
+            deltas = [torch.from_numpy(b) @ torch.from_numpy(a) * (ALPHA / RANK) for a, b in pairs]
+            weights = torch.ones(n)
+            if kind == "svd":
+                merge_utils.task_arithmetic(deltas, weights)
+            else:
+                getattr(merge_utils, kind.removesuffix("_svd"))(deltas, weights, density=density)
+            total += count * (time.perf_counter() - start)
+    return {"warm": MEASURED * total, "peak": _peak()}
+
+
+def torch_svd(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """The decomposition that PEFT takes of every merged delta, by shape."""
+    import torch
+
+    del kind, n, density
+    times = {}
+    for name in ("self_attn.k_proj", "self_attn.q_proj")[:modules]:
+        o, i = SHAPES[name]
+        matrix = torch.randn(o, i)
+        times[name] = seconds(lambda matrix=matrix: torch.linalg.svd(matrix, full_matrices=True), 1)
+    return {"times": times, "peak": _peak()}
+
+
+def pruning(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """`prune` by magnitude alone, of eight rows and of one large matrix."""
+    del kind, n, modules
+    rows = {}
+    for label, shape in {"65536": (65536,), "4096×4096": (4096, 4096)}.items():
+        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+        rows[label] = _prune_times(x, density)
+    return {"times": rows, "peak": _peak()}
+
+
+def _prune_times(x: np.ndarray, density: float) -> dict[str, float]:
+    import jax
+    import torch
+    from peft.utils.merge_utils import prune
+
+    import jaxmerge as jm
+
+    on_device, tensor, count = jax.device_put(x), torch.from_numpy(x), int(density * x.size)
+    bits = (x.view(np.int32) & 0x7FFFFFFF).ravel()
+    repeats = 20 if x.size < 10**6 else 5
+    return {
+        "jaxmerge": seconds(lambda: jax.block_until_ready(jm.prune(on_device, density, "magnitude")), repeats),
+        "PEFT": seconds(lambda: prune(tensor, density, "magnitude"), repeats),
+        "torch.topk": seconds(lambda: torch.topk(tensor.abs().ravel(), count), repeats),
+        "numpy.partition": seconds(lambda: np.partition(bits, x.size - count), repeats),
+    }
+
+
+def _peak() -> float:
+    """The process's largest resident memory so far, in MB."""
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def measured(part: str, kind: str = "", n: int = 0, density: float = 0.0, modules: int = 0) -> dict[str, Any]:
+    """Runs one measurement in a process of its own."""
+    arguments = json.dumps([kind, n, density, modules])
+    command = [sys.executable, __file__, "--measure", part, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{part} {arguments}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_types(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """All eleven combination types against PEFT."""
+    svd = measured("torch_svd", modules=2)["times"]
+    each = svd["self_attn.k_proj"] * 2 + svd["self_attn.q_proj"] * (2 + 3 * 3.5)
+    results["torch.linalg.svd"] = svd
+    rows = results["types"] = []
+    for n in options.adapters:
+        for kind in (*FACTOR_TYPES, *DENSE_TYPES):
+            for density in options.densities if needs_density(kind) else (0.0,):
+                mine = measured("ours", kind, n, density)
+                if kind in DENSE_TYPES:
+                    peer = measured("peft_dense", kind, n, density)
+                    peer["warm"] += MEASURED * each
+                else:
+                    peer = measured("peft_factors", kind, n, density)
+                row = {"type": kind, "n": n, "density": density, "jaxmerge": mine, "PEFT": peer}
+                row["ratio"] = peer["warm"] / mine["warm"]
+                rows.append(row)
+                print(
+                    f"{kind:20} N={n} density {density or '':4}",
+                    f"jaxmerge {mine['warm']:8.3f} s (first {mine['cold']:4.1f}), {mine['peak']:5.0f} MB",
+                    f"PEFT {peer['warm']:9.3f} s, {peer['peak']:5.0f} MB  {row['ratio']:7.1f}×",
+                    flush=True,
+                )
+
+
+def bench_prune(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """`prune` alone."""
+    rows = results["prune"] = []
+    for density in options.densities:
+        for size, times in measured("pruning", density=density)["times"].items():
+            rows.append({"size": size, "density": density, "times": times})
+            shown = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in times.items())
+            print(f"prune {size}, density {density}: {shown}", flush=True)
+
+
+def write_adapters(folder: Path, n: int, count: int) -> list[str]:
+    """PEFT folders of adapters with so many layers."""
+    import safetensors.numpy
+
+    paths = []
+    for index in range(n):
+        rng = np.random.default_rng(index)
+        path = folder / f"adapter{index}"
+        path.mkdir()
+        tensors = {}
+        for name, (o, i) in layers(count).items():
+            key = f"base_model.model.{name}"
+            tensors[f"{key}.lora_A.weight"] = rng.standard_normal((RANK, i), np.float32) / 64
+            tensors[f"{key}.lora_B.weight"] = rng.standard_normal((o, RANK), np.float32) / 64
+        safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "llama-3-8b",
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "target_modules": [name.rsplit(".", 1)[1] for name in SHAPES],
+        }
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(str(path))
+    return paths
+
+
+def run_cli(arguments: list[str], cache: str) -> tuple[float, float]:
+    """Wall seconds and peak MB of a command."""
+    environment = {**os.environ, "XDG_CACHE_HOME": cache}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxmerge", *arguments], env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+    if status:
+        raise SystemExit(f"jaxmerge {' '.join(arguments)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+WITH_PEFT = """
+import sys, transformers, peft
+*folders, type_, out = sys.argv[1:]
+config = transformers.BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
+                                 intermediate_size=1536)
+model = peft.PeftModel.from_pretrained(transformers.BertModel(config), folders[0], adapter_name="a0")
+names = ["a0"]
+for i, folder in enumerate(folders[1:], 1):
+    names.append(f"a{i}")
+    model.load_adapter(folder, names[-1])
+model.add_weighted_adapter(names, [1.0] * len(names), "merged", combination_type=type_, density=0.2)
+model.save_pretrained(out, selected_adapters=["merged"])
+"""
+
+
+def bench_cli(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """The command line on real small adapters, cold and warm, against PEFT; and on whole models."""
+    small = [str(ROOT / "tests" / "adapters" / name) for name in ("sms", "movie", "names")]
+    rows = results["cli"] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("cat", "svd", "ties"):
+            cache = tempfile.mkdtemp(dir=folder)
+            merge = ["merge", *small, "--combination-type", kind, "-o", f"{folder}/ours", "--force"]
+            merge += ["--density", "0.2"] if needs_density(kind) else []
+            first, _ = run_cli(merge, cache)
+            again, peak = min(run_cli(merge, cache) for _ in range(3))
+            theirs = [sys.executable, "-c", WITH_PEFT, *small, kind, f"{folder}/theirs"]
+            peer = seconds(lambda theirs=theirs: subprocess.run(theirs, check=True, capture_output=True), 2)
+            rows.append({"type": kind, "first": first, "again": again, "peak": peak, "PEFT": peer})
+            print(
+                f"CLI, 3 small adapters, {kind:5} first {first:5.2f} s, again {again:5.2f} s, {peak:4.0f} MB   "
+                f"PEFT {peer:5.2f} s   {peer / again:5.1f}×",
+                flush=True,
+            )
+        whole = results["whole"] = []
+        adapters = write_adapters(Path(folder), 4, options.layers)
+        for kind in options.whole:
+            merge = ["merge", *adapters, "--combination-type", kind, "-o", f"{folder}/whole", "--force"]
+            merge += ["--density", "0.2"] if needs_density(kind) else []
+            wall, peak = run_cli(merge, f"{folder}/cache")
+            whole.append({"type": kind, "layers": options.layers, "seconds": wall, "peak": peak})
+            print(
+                f"CLI, 4 float32 adapters of {options.layers} layers, {kind}: {wall:.1f} s, {peak:.0f} MB", flush=True
+            )
+
+
+MEASUREMENTS = {f.__name__: f for f in (ours, peft_factors, peft_dense, torch_svd, pruning)}
+PARTS = {"types": bench_types, "prune": bench_prune, "cli": bench_cli}
+
+
+def main() -> None:
+    """Runs the parts that are asked for and writes what they measured."""
+    if sys.argv[1:2] == ["--measure"]:
+        warnings.simplefilter("ignore")
+        print(json.dumps(MEASUREMENTS[sys.argv[2]](*json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--adapters", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument("--whole", nargs="*", default=["svd", "ties"], help="types to merge a whole model with")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the whole model")
+    options = parser.parse_args()
+    target = ROOT / ".bench" / "results.json"
+    target.parent.mkdir(exist_ok=True)
+    results: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    results["machine"] = {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    for part in options.parts:
+        PARTS[part](options, results)
+        target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

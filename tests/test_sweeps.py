@@ -1,0 +1,147 @@
+"""A sweep gives what merges one by one give, and its scores are what they say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmerge as jm
+from jaxmerge.cli import main
+from tests.helpers import compilations, delta64, relative_error
+
+SHAPES = {"q": (24, 32), "k": (16, 32), "o": (32, 24)}
+
+
+def adapters(n=3, rank=4, dtype=np.float32):
+    rng = np.random.default_rng(0)
+
+    def factor(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    return [
+        jm.Adapter({name: jm.LoRA(factor(rank, i), factor(o, rank), 0.5) for name, (o, i) in SHAPES.items()})
+        for _ in range(n)
+    ]
+
+
+GRIDS = {
+    "linear": ({"weights": [[1, 1, 1], [1, 0.5, -0.3]], "scale": [1.0, 0.5]}, {"method": "linear"}),
+    "truncated": ({"weights": [[1, 1, 1], [1, 0.5, -0.3]]}, {"method": "linear", "rank": 4}),
+    "ties": ({"scale": [1.0, 2.0], "density": [0.1, 0.5, 1.0]}, {"method": "ties"}),
+    "ties in factors": ({"density": [0.2, 0.7]}, {"combination_type": "ties"}),
+    "dare": ({"density": [0.5, 0.9], "seed": [0, 1, 7]}, {"method": "dare_ties"}),
+    "dare in factors": ({"seed": [3, 4]}, {"method": "dare_linear", "space": "factors", "density": 0.5}),
+}
+
+
+def one_by_one(sources, setting, fixed):
+    given = {name: value for name, value in setting.items() if name not in ("scale", "seed", "weights")}
+    if "seed" in setting:
+        given["key"] = jax.random.key(setting["seed"])
+    return jm.merge(sources, setting.get("weights"), **fixed, **given)
+
+
+@pytest.mark.parametrize("case", GRIDS)
+def test_a_sweep_is_merges_one_by_one(case):
+    grid, fixed = GRIDS[case]
+    sources = adapters()
+    found = jm.sweep(sources, lambda merged: {"q": jm.delta(merged.modules["q"])}, grid, keep=True, **fixed)
+    assert len(found.settings) == np.prod([len(values) for values in grid.values()])
+    assert list(found.settings[0]) == list(grid)
+    for setting, delta, kept in zip(found.settings, found.scores["q"], found.adapters, strict=True):
+        expected = one_by_one(sources, setting, fixed)
+        scale = setting.get("scale", 1.0)
+        for name in SHAPES:
+            wanted = scale * delta64(expected.modules[name])
+            assert relative_error(delta64(kept.modules[name]), wanted) < 1e-5
+        assert relative_error(delta, scale * delta64(expected.modules["q"])) < 1e-5
+        energy = sum(float(e.lost) for e in expected.energy.values()) * scale**2
+        np.testing.assert_allclose(sum(float(e.lost) for e in kept.energy.values()), energy, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_and_tracing_change_nothing():
+    grid, fixed = GRIDS["ties"]
+    sources = adapters()
+    evaluate = jm.scores(sources)
+    found = jm.sweep(sources, evaluate, grid, **fixed)
+    for other in ({"memory": 100_000}, {"traced": False}):
+        again = jm.sweep(sources, evaluate, grid, **fixed, **other)
+        for name in found.scores:
+            np.testing.assert_allclose(again.scores[name], found.scores[name], rtol=1e-5)
+
+
+def test_scores_are_what_they_say():
+    sources = adapters()
+    merged = jm.merge(sources, [1, 0.5, -0.3], rank=5)
+    found = jm.scores(sources)(merged)
+
+    def flat(adapter):
+        return np.concatenate([delta64(lora).ravel() for lora in adapter.modules.values()])
+
+    whole = flat(merged)
+    cosines = [flat(source) @ whole / np.linalg.norm(flat(source)) / np.linalg.norm(whole) for source in sources]
+    np.testing.assert_allclose(found["worst_cosine"], min(cosines), rtol=1e-5)
+    np.testing.assert_allclose(found["norm"], np.linalg.norm(whole), rtol=1e-5)
+    np.testing.assert_allclose(found["energy_kept"], jm.energy_kept(merged), rtol=1e-6)
+
+
+def test_modules_that_some_adapters_lack_and_layers_in_one_array():
+    rng = np.random.default_rng(0)
+    lora = jm.LoRA(rng.normal(size=(3, 4, 8)).astype(np.float32), rng.normal(size=(3, 6, 4)).astype(np.float32))
+    sources = [jm.Adapter({"a": lora, "b": lora}), jm.Adapter({"a": lora})]
+    found = jm.sweep(sources, jm.scores(sources), {"density": [0.5, 1.0]}, method="ties")
+    assert found.scores["norm"].shape == (2,)
+    np.testing.assert_allclose(found.scores["norm"][1], np.sqrt(2 * (jm.delta(lora) ** 2).sum()), rtol=1e-5)
+
+
+def test_nothing_is_compiled_twice():
+    sources = adapters()
+    evaluate = jm.scores(sources)
+    jm.sweep(sources, evaluate, {"density": [0.2, 0.4], "scale": [1.0, 2.0]}, method="ties")
+    again = {"density": [0.3, 0.9], "scale": [0.5, 3.0]}
+    assert compilations(lambda: jm.sweep(sources, evaluate, again, method="ties")) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "fixed", "words"),
+    [
+        ({"density": []}, {"method": "ties"}, "no values for density"),
+        ({"densities": [0.1]}, {"method": "ties"}, "unknown name 'densities'"),
+        ({"density": [0.1]}, {"method": "ties", "density": 0.5}, "both in the grid"),
+        ({"density": [0.1, -1]}, {"method": "ties"}, "-1"),
+        ({"density": [0.1]}, {"method": "linear"}, "no hyperparameter density"),
+        ({"weights": [[1, 1, 1], [1, 1]]}, {}, "2 weights for 3"),
+        ({"scale": [np.inf]}, {}, "not a finite number"),
+        ({"scale": [1.0]}, {"method": "dare_linear", "density": 0.5}, "key"),
+    ],
+)
+def test_grids_that_do_not_fit(grid, fixed, words):
+    with pytest.raises(ValueError, match=words):
+        jm.sweep(adapters(), lambda merged: jnp.zeros(()), grid, **fixed)
+
+
+def test_the_command_shows_a_table_and_draws_a_plot(capsys, tmp_path):
+    sources = ["tests/adapters/sms", "tests/adapters/movie"]
+    options = ["--method", "ties", "--space", "factors", "--density", "0.2", "0.5", "--scale", "0.5", "1"]
+    assert main(["sweep", *sources, *options, "--plot", str(tmp_path / "plot.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "worst cosine" in shown
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["sweep", *sources, *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["settings"]
+    loaded = [jm.load(source) for source in sources]
+    for row in rows:
+        merged = jm.merge(loaded, method="ties", space="factors", density=row["density"])
+        expected = jm.scores(loaded)(merged)
+        np.testing.assert_allclose(row["worst_cosine"], expected["worst_cosine"], rtol=1e-4)
+        np.testing.assert_allclose(row["norm"], row["scale"] * expected["norm"], rtol=1e-4)
+
+
+def test_the_command_tells_what_is_wrong(capsys, tmp_path):
+    sources = ["tests/adapters/sms", "tests/adapters/movie"]
+    assert main(["sweep", *sources, "--plot", str(tmp_path / "plot.gif")]) == 1
+    assert ".png" in capsys.readouterr().err
+    assert main(["sweep", *sources, "--weights", "1"]) == 1
+    assert "1 weights for 2 adapters" in capsys.readouterr().err
