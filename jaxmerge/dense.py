@@ -24,6 +24,8 @@ CPU_BLOCK = 2**18
 DEFAULT_BLOCK = 2**24
 # Groups of rows: sums over rows are taken in each and then over them, in order, wherever they lie.
 _GROUPS = 8
+# The entries from which on a matrix has groups.
+_LARGE = 2**22
 # Entries looked at to guess a threshold.
 _SAMPLE = 2**14
 
@@ -75,15 +77,17 @@ class Cut:
         return lax.all_gather(groups, self.axes, tiled=True) if self.axes else groups
 
 
+def is_large(shape: tuple[int, int]) -> bool:
+    """Whether a matrix is cut into groups, which devices can share."""
+    return math.prod(shape) >= _LARGE and shape[0] >= 8 * _GROUPS
+
+
 def cut_rows(shape: tuple[int, int], entries: int, axes: tuple[str, ...] = (), shards: int = 1) -> Cut:
     """Cuts a matrix ``(p, q)`` into blocks of about so many entries, and into groups that ``shards`` devices share."""
     p, q = shape
-    block = min(p, max(8, entries // q // 8 * 8))
-    blocks = -(-p // block)
-    groups = shards if _GROUPS % shards else _GROUPS
-    if shards == 1 and blocks < groups:
-        groups = 1
-    return Cut(shape, block, -(-blocks // groups), groups, axes, shards)
+    groups = (shards if _GROUPS % shards else _GROUPS) if shards > 1 or is_large(shape) else 1
+    block = min(-(-p // groups), max(8, entries // q // 8 * 8))
+    return Cut(shape, block, -(-p // (block * groups)), groups, axes, shards)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def over_modules(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -25,17 +25,24 @@ def over_modules(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..
     Returns:
         A function of the same arguments and results.
     """
-    if mesh is None:
-        return function
-    spec = PartitionSpec(mesh.axis_names)
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return function if mesh is None else _mapped(function, mesh, PartitionSpec(mesh.axis_names))
 
 
 def on_all_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """Runs a function of arrays on all devices of a mesh at once, which share its work by collectives of their own."""
-    if mesh is None:
-        return function
-    return jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    return function if mesh is None else _mapped(function, mesh, PartitionSpec())
+
+
+def _mapped(function: Callable[..., Any], mesh: Mesh, spec: PartitionSpec) -> Callable[..., Any]:
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    if AxisType.Explicit not in mesh.axis_types:
+        return mapped
+
+    def resharded(*arguments: Any) -> Any:
+        # With explicit axes arrays must lie as they are wanted, and not be left to the compiler.
+        return mapped(*jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, spec)), arguments))
+
+    return resharded
 
 
 def device_count(mesh: Mesh | None) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxmerge import lapack, spaces
+from jaxmerge import dense, lapack, spaces
 from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths
@@ -85,7 +85,8 @@ class Plan:
             if mesh is None and self._lie_on_host(present, paths):
                 steps += [Step(self, program, bucket, present, [path], 0, numbers) for path in paths]
                 continue
-            if mesh is not None and program.in_blocks and 2 * len(paths) * math.prod(bucket.batch) <= devices:
+            few = 2 * len(paths) * math.prod(bucket.batch) <= devices
+            if few and program.in_blocks and dense.is_large(bucket.features):
                 program, devices = dataclasses.replace(program, by_rows=True), 1
             at_once = max(1, self.memory // (program.need(bucket) * math.prod(bucket.batch)))
             program = dataclasses.replace(program, at_once=at_once)
