@@ -67,6 +67,13 @@ def gathered(array: Any, mesh: Any) -> Any:
     return _put(array, NamedSharding(mesh, PartitionSpec()))
 
 
+def seen_everywhere(leaf: Any) -> Any:
+    """A leaf as it is, or in full on every device where a process could see only a part of it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
+        return gathered(leaf, leaf.sharding.mesh)
+    return leaf
+
+
 def laid_out(array: Any, sharding: NamedSharding | None) -> Any:
     """An array spread over a mesh as another one was, but for axes whose size does not divide.
 
@@ -105,9 +112,14 @@ def first_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def several_processes() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def from_first_process(make: Callable[[], str]) -> str:
     """A text of 64 ASCII characters, such as a digest, that the first process makes and all get to know."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not several_processes():
         return make()
     from jax.experimental import multihost_utils
 
@@ -117,11 +129,16 @@ def from_first_process(make: Callable[[], str]) -> str:
 
 def wait_for_all(name: str) -> None:
     """Waits until all processes are here, if there are several."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if several_processes():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
 
 
 def _put(array: Any, sharding: NamedSharding) -> Any:
-    return jax.reshard(array, sharding) if isinstance(array, Tracer) else jax.device_put(array, sharding)
+    if isinstance(array, Tracer):
+        return jax.reshard(array, sharding)
+    moved = jax.device_put(array, sharding)
+    # Between processes one at a time: transfers under way together may meet in another order elsewhere, and wait for
+    # each other for ever.
+    return jax.block_until_ready(moved) if several_processes() else moved

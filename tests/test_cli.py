@@ -380,3 +380,66 @@ def test_what_makes_it_again_is_recorded(tmp_path):
     assert record["dtype"] == "bfloat16"
     assert record["allow_different_bases"] is True
     assert record["rank"] == 8
+
+
+def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    program = (
+        "import sys, jax, jax.monitoring\n"
+        "seen = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))\n"
+        "from jaxmerge.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "print(seen.count('/jax/compilation_cache/cache_hits'), seen.count('/jax/compilation_cache/cache_misses'))\n"
+    )
+
+    def merge(out, *options):
+        command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / out), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.splitlines()[-1].split()]
+
+    options = ["--method", "ties", "--space", "factors", "--density"]
+    merge("off", *options, "0.2", "--no-compilation-cache")
+    assert not (tmp_path / "cache").exists()
+    hits, misses = merge("first", *options, "0.2")
+    assert misses > 0
+    # Another density, other weights, another budget: the same programs.
+    hits, misses = merge("second", *options, "0.7", "--weights", "1", "-0.5", "--memory", "1.5GB")
+    assert (hits > 0, misses) == (True, 0)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("in the way")
+    merge("without", *options, "0.2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "1kB"], "memory 1e-06 GB is too little: module"),
+        (["--devices", "64"], "64 devices are asked for"),
+        (["--mesh", "a=2,b=64"], "128 devices are asked for"),
+        (["--distributed", "nowhere"], "--distributed takes nothing, or HOST:PORT"),
+    ],
+)
+def test_a_machine_that_is_not_there(tmp_path, capsys, arguments, words):
+    problems = refused(capsys, "merge", SMS, MOVIE, "-o", tmp_path / "out", *arguments)
+    assert words in problems[0]
+    assert len(problems) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--memory", "much"], ["--devices", "0"], ["--mesh", "3"], ["--mesh", "a=1,a=2"]]
+)
+def test_machine_options_that_mean_nothing(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["merge", SMS, MOVIE, "-o", str(tmp_path / "out"), *arguments])
+    assert end.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_memory_changes_no_byte(tmp_path):
+    run("merge", SMS, MOVIE, "-o", tmp_path / "a", "--method", "dare_ties", "--density", "0.5", "--seed", "1")
+    run("merge", SMS, MOVIE, "-o", tmp_path / "b", "--method", "dare_ties", "--density", "0.5", "--seed", "1",
+        "--memory", "30MB")  # fmt: skip
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert one == other

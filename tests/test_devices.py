@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 COMMON = """
 import jax, jax.numpy as jnp, numpy as np
@@ -147,7 +150,7 @@ import orbax.checkpoint as v0
 
 port, index, folder = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
-assert jax.device_count() == 4
+assert jax.device_count() == 8
 from pathlib import Path
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -156,7 +159,7 @@ mesh = Mesh(np.array(jax.devices()), ("x",))
 
 
 def spread(x):
-    spec = P("x") if x.shape[0] % 4 == 0 else P()
+    spec = P("x") if x.shape[0] % 8 == 0 else P()
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda at: x[at])
 
 
@@ -181,12 +184,26 @@ assert not on_mesh[0].modules["q"].a.is_fully_addressable
 together = jm.merge(on_mesh, [1.0, -0.5])
 leaf = jm.to_state(together)["q"]["w_lora_a"]
 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 2), leaf.sharding
-assert len(leaf.addressable_shards) == 2 and leaf.addressable_shards[0].data.shape == (4, 8)
+assert len(leaf.addressable_shards) == 4 and leaf.addressable_shards[0].data.shape == (2, 8)
 jm.save(together, folder / "spread")
 for path, lora in expected.modules.items():
     np.testing.assert_array_equal(jm.delta(jm.load(folder / "spread").modules[path]), jm.delta(lora))
 once_more = jm.load(folder / "spread", mesh=mesh)
 assert jm.to_state(once_more)["q"]["w_lora_a"].sharding.is_equivalent_to(leaf.sharding, 2)
+
+# The same from PEFT folders, of which each process reads what its devices hold, and with a mesh for the work.
+peft = [jm.load(folder / "peft", mesh=mesh), jm.load(folder / "peft")]
+leaf = peft[0].modules["model.q"].a
+assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 2) and not leaf.is_fully_addressable
+for way in ({}, {"method": "ties", "density": 0.5, "rank": 4}):
+    jm.save(jm.merge([peft[0], peft[0]], [1.0, -0.5], mesh=mesh, **way), folder / "peft-spread", force=True)
+    single = jm.merge([peft[1], peft[1]], [1.0, -0.5], **way)
+    for path, lora in single.modules.items():
+        np.testing.assert_array_equal(jm.delta(jm.load(folder / "peft-spread").modules[path]), jm.delta(lora))
+together = jm.merge(on_mesh, [1.0, -0.5], mesh=mesh)
+jm.save(together, folder / "spread", force=True)
+for path, lora in expected.modules.items():
+    np.testing.assert_array_equal(jm.delta(jm.load(folder / "spread").modules[path]), jm.delta(lora))
 print("written together")
 """
 
@@ -219,14 +236,31 @@ def test_two_processes_load_and_save_together(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     (tmp_path / "table.json").write_text('[{"peft": "model.q", "tree": "q"}, {"peft": "model.o", "tree": "o"}]')
-    pair = [run(PROCESSES, port, str(index), str(tmp_path), devices=2) for index in range(2)]
+    pair = [run(PROCESSES, port, str(index), str(tmp_path), devices=4) for index in range(2)]
     try:
         for process in pair:
             finished(process, "written together")
     finally:
         for process in pair:
             process.kill()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0", "1", "out", "peft", "spread", "table.json"]
+    left = ["0", "1", "out", "peft", "peft-spread", "spread", "table.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == left
+
+
+def test_two_processes_of_the_command_line(tmp_path):
+    adapters = [str(ROOT / "tests" / "adapters" / name) for name in ("sms", "movie")]
+    options = ["--method", "ties", "--density", "0.3", "--space", "factors", "--no-compilation-cache"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    launch = [str(ROOT / "scripts" / "launch_local"), "2", "merge", *adapters, "-o", str(tmp_path / "both"), *options]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("approximation") == 1  # One of them reports.
+    alone = [sys.executable, "-m", "jaxmerge", "merge", *adapters, "-o", str(tmp_path / "one"), *options]
+    subprocess.run(alone, env=environment, capture_output=True, timeout=300, check=True)
+    one, both = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "both"))
+    assert one == both
+    launch[1] = "x"
+    assert subprocess.run(launch[:2], env=environment, capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/adapter", "s3://bucket/adapter"])

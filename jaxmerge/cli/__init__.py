@@ -199,6 +199,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="the same with names, by which arrays of an Orbax checkpoint are spread",
     )
     machine.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar="HOST:PORT N I",
+        help="this is one of several processes that work together, on all their devices; under Slurm, Open MPI and on "
+        "TPU pods they find each other, elsewhere give the first one's address, how many there are, and which this is",
+    )
+    machine.add_argument(
         "--no-compilation-cache", action="store_true", help="keep no compiled programs in the user's cache folder"
     )
 

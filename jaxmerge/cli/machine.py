@@ -1,6 +1,7 @@
 """What a command runs on: devices, memory, and programs that were compiled before."""
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -27,6 +28,28 @@ def keep_programs(options: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def join(options: argparse.Namespace) -> None:
+    """Joins the other processes, if this is one of several.
+
+    Raises:
+        ValueError: If they cannot be found.
+    """
+    if options.distributed is None:
+        return
+    given = options.distributed
+    if given and not (len(given) == 3 and all(number.isdecimal() for number in given[1:])):
+        raise ValueError(
+            "--distributed takes nothing, or HOST:PORT, the number of processes, and which this is, from 0"
+        )
+    explicit = (
+        {"coordinator_address": given[0], "num_processes": int(given[1]), "process_id": int(given[2])} if given else {}
+    )
+    try:
+        jax.distributed.initialize(**explicit)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
+
+
 def placing(options: argparse.Namespace) -> dict[str, Any]:
     """What is to be worked on and in, as arguments of `jaxmerge.merge`."""
     return {"mesh": _mesh(options), "memory": options.memory}
@@ -34,14 +57,16 @@ def placing(options: argparse.Namespace) -> dict[str, Any]:
 
 def _mesh(options: argparse.Namespace) -> Mesh | None:
     axes = options.mesh or ([("devices", options.devices)] if options.devices else None)
+    if axes is None and jax.distributed.is_initialized():
+        axes = [("devices", jax.device_count())]
     if axes is None:
         return None
-    wanted, devices = 1, jax.devices()
-    for _, size in axes:
-        wanted *= size
+    wanted, devices = math.prod(size for _, size in axes), jax.devices()
     if wanted > len(devices):
         kind = devices[0].platform.upper()
         raise ValueError(f"{wanted} devices are asked for, and there {_are(len(devices), kind)}")
+    if wanted < len(devices) and jax.distributed.is_initialized():
+        raise ValueError(f"{wanted} devices are asked for; several processes use all of their {len(devices)}")
     names, sizes = zip(*axes, strict=True)
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[:wanted])
 

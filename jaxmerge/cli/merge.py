@@ -28,11 +28,12 @@ from jaxmerge.cli.console import (
     span,
     table,
 )
-from jaxmerge.cli.machine import keep_programs, placing
+from jaxmerge.cli.machine import join, keep_programs, placing
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
+from jaxmerge.sharding import first_process, seen_everywhere
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     paths = [Path(path) for path in options.adapters]
     keep_programs(options)
     try:
+        join(options)
         problems = header_problems(options, paths)
         if problems:
             return report_problems(problems, options.json)
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
                 advance(len(result))
         merged = _with_seed(plan.finish(results), options.seed)
         written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
+        merged = jax.tree.map(seen_everywhere, merged)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     except jax.errors.JaxRuntimeError as error:
@@ -66,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
             raise
         return report_error(MemoryError(), options.json)
     summary = summarise(options, adapters, merged, written)
+    if not first_process():
+        return 0
     if options.json:
         print_json(summary)
     else:

@@ -9,7 +9,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.catalog import METHODS, SCORES
 from jaxmerge.cli.console import out, print_json, progress, reading, report_error, report_problems, table
-from jaxmerge.cli.machine import keep_programs, placing
+from jaxmerge.cli.machine import join, keep_programs, placing
 from jaxmerge.datafree import scores
 from jaxmerge.sweeps import sweep
 
@@ -19,6 +19,7 @@ def run(options: argparse.Namespace) -> int:
     keep_programs(options)
     plot = None if options.plot is None else Path(options.plot)
     try:
+        join(options)
         if plot is not None:
             _check_plot(plot)
         adapters = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,7 +16,7 @@ from jaxmerge.io import convert, keras, orbax, peft, trees
 from jaxmerge.io.peft_config import combine_configs, export_config
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
-from jaxmerge.sharding import first_process, wait_for_all
+from jaxmerge.sharding import first_process, seen_everywhere, wait_for_all
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,8 @@ def save(
     _check_values(adapter)
     written = convert.convert(_with_energy(adapter), conversion)
     writer = _writer(written.metadata)
+    if writer is not orbax:  # Written by one process, which may not see all of what several hold.
+        written = jax.tree.map(seen_everywhere, written)
     replaces = target.exists()
     wait_for_all("jaxmerge.save: nothing written yet")  # Or a process would find what another has begun.
     if writer is orbax:

@@ -31,7 +31,7 @@ from jaxmerge.merging.stacks import (
     merge_module,
     merge_stack,
 )
-from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement
+from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
 
 # How many steps are begun before the first of them is waited for.
 _AHEAD = 2
@@ -114,7 +114,7 @@ class Plan:
         with lapack.single_threaded():
             for step in self.steps():
                 pending.append((step, step.start()))
-                if len(pending) > _AHEAD:
+                if len(pending) > (0 if several_processes() else _AHEAD):
                     first, merged = pending.popleft()
                     yield first.results(merged)
             while pending:
@@ -291,7 +291,7 @@ def _stack(arrays: Sequence[Any], mesh: Any) -> Array:
 def _unstack(array: Array) -> list[Array]:
     """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
     if not on_host(array) or len(array.devices()) > 1:
-        return list(array)
+        return list(seen_everywhere(array) if has_values(array) else array)
     return [jnp.asarray(entry) for entry in np.asarray(array)]
 
 
