@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmerge import threads
 from jaxmerge.base import AnyArray, Array, has_values, on_host
 
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
@@ -109,10 +110,9 @@ def cut_on_host(rows: Iterable[np.ndarray], counts: np.ndarray) -> Cut:
     Returns:
         The cuts, ``[R, S]``, of NumPy arrays.
     """
-    cuts, unsigned = [], np.dtype(np.uint32)
-    for row, kept in zip(rows, counts, strict=True):
-        unsigned = np.dtype(_UNSIGNED[row.dtype.itemsize])
-        cuts.append(_cut_row(np.ascontiguousarray(row), kept))
+    rows = list(rows)
+    unsigned = np.dtype(_UNSIGNED[rows[0].dtype.itemsize]) if rows else np.dtype(np.uint32)
+    cuts = threads.each(lambda pair: _cut_row(np.ascontiguousarray(pair[0]), pair[1]), zip(rows, counts, strict=True))
     thresholds, ends = np.array(cuts, np.int64).reshape(*counts.shape, 2).transpose(2, 0, 1)
     return Cut(thresholds.astype(unsigned), ends.astype(np.int32))  # type: ignore[arg-type]
 

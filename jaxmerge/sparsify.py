@@ -187,7 +187,12 @@ class AtRandom:
 
     def apply(self, tensors: Array, index: Array) -> Array:
         """Zeroes what does not survive, as `Largest.apply`; each entry's fate hangs on its flat index alone."""
-        survives = _uniform(self.keys, index) < self.density.astype(jnp.float32)
+
+        def drawn(key: Array) -> Array:
+            return _uniform(key, index) < self.density.astype(jnp.float32)
+
+        # One task after another: the compiler would write out the drawing for each of them, and again for each use.
+        survives = lax.map(drawn, self.keys) if self.keys.ndim else drawn(self.keys)
         # Divided in float32 at least, as torch does for half types; and entry by entry, since XLA would turn a
         # division by one scalar into a multiplication by its reciprocal.
         wide = promote(tensors.dtype, jnp.float32)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -204,17 +205,87 @@ def _prune_times(x: np.ndarray, density: float) -> dict[str, float]:
     }
 
 
+def sweeping(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """64 settings of scale and density against one merge, on two layers."""
+    import jax
+
+    import jaxmerge as jm
+
+    del modules
+    adapters = [
+        jm.Adapter({name: jm.LoRA(a, b, ALPHA / RANK) for name, (a, b) in one.items()})
+        for one in factors(n, layers(MEASURED))
+    ]
+    grid = {"scale": list(np.linspace(0.3, 1, 8)), "density": list(np.linspace(0.1, 0.9, 8))}
+    one = seconds(lambda: jax.block_until_ready(jm.merge(adapters, combination_type=kind, density=density)), 7)
+
+    def norm(merged: jm.Adapter) -> Any:
+        return sum((lora.b * lora.b).sum() for lora in merged.modules.values())
+
+    def whole() -> None:
+        jm.sweep(adapters, norm, grid, combination_type=kind)
+
+    first = seconds(whole, 1)
+    return {"one": one, "first": first, "sweep": seconds(whole, 3), "peak": _peak()}
+
+
+def spreading(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """The same merge on 1, 2 and 8 devices: whether bits differ, and what crosses between devices."""
+    import jax
+
+    import jaxmerge as jm
+
+    del modules
+    rng = np.random.default_rng(0)
+    shapes = {**{f"layers.{i}.proj": (512, 640) for i in range(12)}, "head": (2048, 2304)}
+    adapters = [
+        jm.Adapter(
+            {
+                name: jm.LoRA(rng.standard_normal((RANK, i), np.float32), rng.standard_normal((o, RANK), np.float32))
+                for name, (o, i) in shapes.items()
+            }
+        )
+        for _ in range(n)
+    ]
+    arguments: dict[str, Any] = (
+        {"combination_type": kind, "density": density} if needs_density(kind) else {"rank": RANK}
+    )
+    if "dare" in kind:
+        arguments["key"] = jax.random.key(0)
+    alone, found = jm.merge(adapters, **arguments), {}
+    for count in (1, 2, 8):
+        mesh = jax.make_mesh((count,), ("d",), devices=jax.devices()[:count])
+        merged = jm.merge(adapters, mesh=mesh, **arguments)
+        same = all(
+            np.array_equal(getattr(lora, leaf), getattr(alone.modules[name], leaf))
+            for name, lora in merged.modules.items()
+            for leaf in "ab"
+        )
+        text = "".join(lowered.compile().as_text() or "" for lowered in jm.lower(adapters, mesh=mesh, **arguments))
+        found[str(count)] = {
+            "same bits": same,
+            **{
+                name: len(re.findall(rf" {name}(?:-start)?\(", text))
+                for name in ("all-gather", "all-to-all", "all-reduce")
+            },
+        }
+    return {"devices": found}
+
+
 def _peak() -> float:
     """The process's largest resident memory so far, in MB."""
     # Kilobytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def measured(part: str, kind: str = "", n: int = 0, density: float = 0.0, modules: int = 0) -> dict[str, Any]:
+def measured(
+    part: str, kind: str = "", n: int = 0, density: float = 0.0, modules: int = 0, devices: int = 1
+) -> dict[str, Any]:
     """Runs one measurement in a process of its own."""
     arguments = json.dumps([kind, n, density, modules])
     command = [sys.executable, __file__, "--measure", part, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{part} {arguments}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -344,8 +415,67 @@ def bench_cli(options: argparse.Namespace, results: dict[str, Any]) -> None:
             )
 
 
-MEASUREMENTS = {f.__name__: f for f in (ours, peft_factors, peft_dense, torch_svd, pruning)}
-PARTS = {"types": bench_types, "prune": bench_prune, "cli": bench_cli}
+def bench_sweep(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """64 settings of scale and density against one merge."""
+    rows = results["sweep"] = []
+    for kind in ("ties", "magnitude_prune"):
+        row = {"type": kind, **measured("sweeping", kind, options.adapters[0], 0.5)}
+        row["ratio"] = row["sweep"] / row["one"]
+        rows.append(row)
+        print(
+            f"sweep of 64, {kind}: {row['sweep']:.2f} s, one merge {row['one']:.3f} s: {row['ratio']:.1f} merges",
+            flush=True,
+        )
+
+
+def bench_devices(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Bits and collectives on 1, 2 and 8 virtual devices; cores do not grow with them."""
+    rows = results["devices"] = []
+    for kind in ("svd", "ties", "dare_ties", "ties_svd", "dare_linear_svd"):
+        found = measured("spreading", kind, options.adapters[0], 0.2, devices=8)["devices"]
+        rows.append({"type": kind, "devices": found})
+        for count, what in found.items():
+            print(f"{kind:16} on {count} devices: {', '.join(f'{k} {v}' for k, v in what.items())}", flush=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table of combination types."""
+    lines = [
+        "| type | N | density | jaxmerge | PEFT | ratio | peak MB, jaxmerge / PEFT |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    scale = LAYERS / MEASURED
+    for row in results["types"]:
+        mine, peer = row["jaxmerge"], row["PEFT"]
+        ours_, theirs = (
+            f"{scale * side['warm']:,.{1 if scale * side['warm'] < 100 else 0}f} s" for side in (mine, peer)
+        )
+        density = row["density"] or ""
+        peaks = f"{mine['peak']:.0f} / {peer['peak']:.0f}"
+        lines.append(
+            f"| `{row['type']}` | {row['n']} | {density} | {ours_} | {theirs} | {row['ratio']:,.0f}× | {peaks} |"
+        )
+    return "\n".join(lines)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    """Puts the table between its marks in README.md."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- bench -->\n")
+    _, end, after = rest.partition("<!-- /bench -->")
+    if not end:
+        raise SystemExit("README.md has no marks for the table")
+    readme.write_text(f"{before}<!-- bench -->\n{table(results)}\n{end}{after}")
+
+
+MEASUREMENTS = {f.__name__: f for f in (ours, peft_factors, peft_dense, torch_svd, pruning, sweeping, spreading)}
+PARTS = {
+    "types": bench_types,
+    "prune": bench_prune,
+    "cli": bench_cli,
+    "sweep": bench_sweep,
+    "devices": bench_devices,
+}
 
 
 def main() -> None:
@@ -360,6 +490,7 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--whole", nargs="*", default=["svd", "ties"], help="types to merge a whole model with")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the whole model")
+    parser.add_argument("--readme", action="store_true", help="write the table of types into README.md")
     options = parser.parse_args()
     target = ROOT / ".bench" / "results.json"
     target.parent.mkdir(exist_ok=True)
@@ -368,6 +499,8 @@ def main() -> None:
     for part in options.parts:
         PARTS[part](options, results)
         target.write_text(json.dumps(results, indent=1) + "\n")
+    if options.readme and "types" in results:
+        write_readme(results)
 
 
 if __name__ == "__main__":

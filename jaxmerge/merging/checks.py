@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Adapter, Array, has_values, nonfinite_modules
+from jaxmerge import threads
+from jaxmerge.base import Adapter, Array, LoRA, has_values, nonfinite_modules
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
@@ -197,15 +198,25 @@ def base_problems(adapters: Sequence[Adapter], allow: bool) -> list[str]:
     return [f"{problem} (--allow-different-bases, allow_different_bases=True, overrides this)" for problem in problems]
 
 
+def _nonfinite(adapter: Adapter) -> list[str]:
+    """`nonfinite_modules`, with no more of a mapped file in memory than a few modules; on all cores if it can be."""
+
+    def look(module: tuple[str, LoRA]) -> list[str]:
+        path, lora = module
+        bad = nonfinite_modules(Adapter({path: lora}))
+        release(lora.a)
+        release(lora.b)
+        return bad
+
+    in_numpy = all(isinstance(leaf, np.ndarray) for lora in adapter.modules.values() for leaf in (lora.a, lora.b))
+    looked = threads.each(look, adapter.modules.items()) if in_numpy else map(look, adapter.modules.items())
+    return [path for bad in looked for path in bad]
+
+
 def value_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Adapters with a NaN or inf in them."""
     problems = []
     for index, adapter in enumerate(adapters):
-        bad = []
-        for path, lora in adapter.modules.items():
-            bad += nonfinite_modules(Adapter({path: lora}))
-            release(lora.a)
-            release(lora.b)
-        if bad:
+        if bad := _nonfinite(adapter):
             problems.append(f"{adapter_name(adapters, index)}: NaN or inf in {listing(bad)}")
     return problems

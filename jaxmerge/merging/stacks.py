@@ -189,7 +189,7 @@ def find_cuts(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers
     def cuts_of(arrays: Sequence[Any], count: Any) -> Cut:
         tasks = [np.asarray(x).reshape(-1, math.prod(x.shape[-2:])) for x in arrays]
         modules, n = tasks[0].shape[0], len(tasks)
-        rows = (task[i].astype(bucket.wide, copy=False) for i in range(modules) for task in tasks)
+        rows = [task[i].astype(bucket.wide, copy=False) for i in range(modules) for task in tasks]
         cut = cut_on_host(rows, np.broadcast_to(np.asarray(count), (modules * n, len(count))))
         return jax.tree.map(lambda x: x.reshape(modules, n, -1).swapaxes(1, 2), cut)
 

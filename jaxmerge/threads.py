@@ -1,0 +1,23 @@
+"""NumPy on all cores: its passes over arrays release the interpreter's lock."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """What a function makes of each item, in order. It must not call JAX, whose settings are each thread's own."""
+    return list(_pool(os.getpid()).map(function, items))
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Of this process: a pool does not survive a fork."""
+    del process
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores, thread_name_prefix="jaxmerge")
