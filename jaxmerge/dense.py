@@ -138,7 +138,9 @@ class DeltaPasses:
         """See `Passes`."""
 
         def of_block(i: Array) -> Array:
-            return jnp.sum(magnitude_order(self.block(i)) >= order[..., None, None], (-2, -1), dtype=jnp.int32)
+            reaches = magnitude_order(self.block(i)) >= order[..., None, None]
+            # Over rows first, which goes on along whole vectors.
+            return jnp.sum(jnp.sum(reaches, -2, dtype=jnp.int32), -1, dtype=jnp.int32)
 
         reached = self.cut.sum(self._accumulate(of_block, jnp.zeros(order.shape, jnp.int32), operator.add))
         # The rows that fill up the last block are zeros, the least of all numbers.
@@ -163,14 +165,33 @@ class DeltaPasses:
             below, above = lax.pmax(below, self.cut.axes), lax.pmin(above, self.cut.axes)
         return self.count(order), below, above
 
-    def count_ties(self, order: Array, end: Array) -> Array:
-        """See `Passes`."""
+    def end_of_ties(self, order: Array, ties: Array, wanted: Array) -> Array:
+        """See `Passes`. One pass counts the ties of every block; then each task's own block is looked into."""
+        blocks, q = self.b.shape[0], self.cut.shape[1]
+        first = self.first // self.cut.block
 
         def of_block(i: Array) -> Array:
-            ties = magnitude_order(self.block(i)) == order[..., None, None]
-            return jnp.sum(ties & (self.index(i) < end[..., None, None]), (-2, -1), dtype=jnp.int32)
+            return jnp.sum(magnitude_order(self.block(i)) == order[..., None, None], (-2, -1), dtype=jnp.int32)
 
-        return self.cut.sum(self._accumulate(of_block, jnp.zeros(order.shape, jnp.int32), operator.add))
+        def end_in_block(lane: tuple[Array, ...]) -> Array:
+            own, task, block, rest = lane
+            here = jnp.clip(block - first, 0, blocks - 1)
+            tied = (magnitude_order(self.block(here))[task] == own).ravel()
+            end = block * (self.cut.block * q) + jnp.argmax(jnp.cumsum(tied, dtype=jnp.int32) == rest).astype(jnp.int32)
+            return self.cut.sum(jnp.where(here == block - first, end + 1, 0))
+
+        def look() -> Array:
+            counts = self.cut.gather(lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32)))
+            through = jnp.cumsum(counts, 0, dtype=jnp.int32)
+            block = jnp.minimum(jnp.sum(through < wanted, 0, dtype=jnp.int32), counts.shape[0] - 1)
+            own = jnp.take_along_axis(jnp.stack([through, counts]), block[None, None], axis=1)[:, 0]
+            rest = wanted - (own[0] - own[1])
+            task = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=jnp.int32), order.shape)
+            return lax.map(end_in_block, tuple(x.ravel() for x in (order, task, block, rest))).reshape(order.shape)
+
+        all_of_them = jnp.full_like(wanted, self.size)
+        ends = lax.cond(jnp.any(ties != wanted), look, lambda: all_of_them)
+        return jnp.where(ties == wanted, all_of_them, ends)
 
     def guess(self, count: Array) -> Array | None:
         """A bracket for the k-th greatest of each task, see `jaxmerge.selection.guess`; None where it gains nothing."""

@@ -169,6 +169,16 @@ def _cut_in_passes(tensors: Array, count: Array, batch: int) -> Cut:
     return search(ArrayPasses(order, flat_index(shape)), count, guesses)
 
 
+class _Ends(NamedTuple):
+    """Indices ``low < high`` and how many ties lie before them: fewer than wanted the one, enough the other."""
+
+    low: Array
+    high: Array
+    before_low: Array
+    before_high: Array
+    passes: Array
+
+
 class Passes(Protocol):
     """How the entries of tensors are gone through. Each call is one pass; orders and counts are ``[*batch]``."""
 
@@ -183,15 +193,15 @@ class Passes(Protocol):
         ...
 
     def count(self, order: Array) -> Array:
-        """How many entries are at or above an order."""
+        """How many entries are at or above orders ``[..., *batch]``."""
         ...
 
     def neighbours(self, order: Array) -> tuple[Array, Array, Array]:
         """That count; the greatest entry below, 0 if there is none; the least at or above, or the dtype's maximum."""
         ...
 
-    def count_ties(self, order: Array, end: Array) -> Array:
-        """How many entries of an order have a flat index below ``end``."""
+    def end_of_ties(self, order: Array, ties: Array, wanted: Array) -> Array:
+        """An index before which just so many entries of an order lie; takes no pass where all of them are wanted."""
         ...
 
 
@@ -222,7 +232,7 @@ class ArrayPasses:
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        return tuple(range(self.order.ndim - self.index.ndim, self.order.ndim))
+        return tuple(range(-self.index.ndim, 0))
 
     def count(self, order: Array) -> Array:
         """See `Passes`."""
@@ -237,9 +247,37 @@ class ArrayPasses:
         return jnp.sum(reaches, self._axes, dtype=jnp.int32), below, above
 
     def count_ties(self, order: Array, end: Array) -> Array:
-        """See `Passes`."""
+        """How many entries of an order have a flat index below ``end``."""
         ties = (self.order == self._over(order)) & (self.index < self._over(end))
         return jnp.sum(ties, self._axes, dtype=jnp.int32)
+
+    def end_of_ties(self, order: Array, ties: Array, wanted: Array) -> Array:
+        """See `Passes`. Searched as the threshold was: where ties are spread evenly, in a few passes."""
+        size = jnp.full_like(wanted, self.size)
+
+        def found(state: _Ends) -> Array:
+            return state.before_high == wanted
+
+        def narrow(state: _Ends) -> _Ends:
+            apart = state.high - state.low
+            between = jnp.maximum(state.before_high - state.before_low, 1).astype(jnp.float32)
+            share = (wanted - state.before_low).astype(jnp.float32) / between
+            interpolated = state.low + (share * apart.astype(jnp.float32)).astype(jnp.int32)
+            end = jnp.where(state.passes % 3 == 2, state.low + apart // 2, interpolated)
+            end = jnp.clip(end, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
+            before = self.count_ties(order, end)
+            enough = before >= wanted
+            down, up = enough & ~found(state), ~(enough | found(state))
+            return _Ends(
+                jnp.where(up, end, state.low),
+                jnp.where(down, end, state.high),
+                jnp.where(up, before, state.before_low),
+                jnp.where(down, before, state.before_high),
+                state.passes + 1,
+            )
+
+        start = _Ends(jnp.zeros_like(size), size, jnp.zeros_like(size), ties, jnp.zeros((), jnp.int32))
+        return lax.while_loop(lambda state: jnp.any(~found(state)), narrow, start).high
 
 
 def sample(order: Array, batch: int) -> Array:
@@ -291,7 +329,9 @@ def search(passes: Passes, count: Array, guesses: Array | None = None) -> Cut:
         The cut, ``[*batch]``.
     """
     bracket = _bracket(passes, count, guesses)
-    return Cut(bracket.low, _end_of_ties(passes, bracket, count))
+    # Of a count of 0 the threshold lies above every entry; none is at it.
+    ties, wanted = bracket.reach_low - bracket.reach_high, count - bracket.reach_high
+    return Cut(bracket.low, passes.end_of_ties(bracket.low, ties, wanted))
 
 
 def _bracket(passes: Passes, count: Array, guesses: Array | None = None) -> _Bracket:
@@ -309,16 +349,16 @@ def _bracket(passes: Passes, count: Array, guesses: Array | None = None) -> _Bra
     def halfway(bracket: _Bracket) -> Array:
         return bracket.low + (bracket.high - bracket.low) // 2
 
+    def within(bracket: _Bracket, order: Array) -> Array:
+        return jnp.clip(order, bracket.low + one, jnp.maximum(bracket.high, bracket.low + 2 * one) - one)
+
     def probe(bracket: _Bracket) -> Array:
         low, apart = bracket.low, bracket.high - bracket.low
         between = jnp.maximum(bracket.reach_low - bracket.reach_high, 1).astype(jnp.float32)
         share = (bracket.reach_low - count).astype(jnp.float32) / between
         interpolated = low + (share * apart.astype(jnp.float32)).astype(dtype)
-        done = 0 if guesses is None else guesses.shape[0]
-        order = jnp.where((bracket.passes - done) % 3 == 2, halfway(bracket), interpolated)
-        if guesses is not None:
-            order = jnp.where(bracket.passes < done, guesses[jnp.clip(bracket.passes, 0, done - 1)], order)
-        return jnp.clip(order, low + one, jnp.maximum(bracket.high, low + 2 * one) - one)
+        order = jnp.where(bracket.passes % 3 == 2, halfway(bracket), interpolated)
+        return within(bracket, order)
 
     def narrowed(bracket: _Bracket, reach: Array, low: Array, high: Array) -> _Bracket:
         done, enough = found(bracket), reach >= count
@@ -344,49 +384,14 @@ def _bracket(passes: Passes, count: Array, guesses: Array | None = None) -> _Bra
 
     if passes.size < WORTH_GUESSING:
         return lax.while_loop(lambda b: jnp.any(~found(b)), count_only(halfway), start)
+    if guesses is not None:  # All in one pass.
+        guesses = within(start, guesses)
+        for order, reach in zip(guesses, passes.count(guesses), strict=True):
+            # One that lies outside of what the others have left tells nothing new.
+            new = (order > start.low) & (order < start.high)
+            start = jax.tree.map(
+                lambda x, y, new=new: jnp.where(new, x, y), narrowed(start, reach, order, order), start
+            )
+        start = start._replace(passes=jnp.zeros((), jnp.int32))
     bracket = lax.while_loop(lambda b: jnp.any(~found(b)) & (b.passes < _COUNTING_PASSES), count_only(probe), start)
     return lax.while_loop(lambda b: jnp.any(~found(b)), with_neighbours, bracket)
-
-
-def _end_of_ties(passes: Passes, bracket: _Bracket, count: Array) -> Array:
-    """An index before which just enough entries of the lowest order lie; no pass where all of them are wanted.
-
-    Searched as the threshold was: where ties are spread evenly, interpolation finds it in a few passes.
-    """
-    size = jnp.full_like(count, passes.size)
-    ties, wanted = bracket.reach_low - bracket.reach_high, count - bracket.reach_high
-
-    def found(state: _Ends) -> Array:
-        return state.before_high == wanted
-
-    def narrow(state: _Ends) -> _Ends:
-        apart = state.high - state.low
-        between = jnp.maximum(state.before_high - state.before_low, 1).astype(jnp.float32)
-        share = (wanted - state.before_low).astype(jnp.float32) / between
-        interpolated = state.low + (share * apart.astype(jnp.float32)).astype(jnp.int32)
-        end = jnp.where(state.passes % 3 == 2, state.low + apart // 2, interpolated)
-        end = jnp.clip(end, state.low + 1, jnp.maximum(state.high - 1, state.low + 1))
-        before = passes.count_ties(bracket.low, end)
-        enough = before >= wanted
-        down, up = enough & ~found(state), ~(enough | found(state))
-        return _Ends(
-            jnp.where(up, end, state.low),
-            jnp.where(down, end, state.high),
-            jnp.where(up, before, state.before_low),
-            jnp.where(down, before, state.before_high),
-            state.passes + 1,
-        )
-
-    # Of a count of 0 the threshold lies above every entry; what the ends are does not matter.
-    start = _Ends(jnp.zeros_like(size), size, jnp.zeros_like(size), ties, jnp.zeros((), jnp.int32))
-    return lax.while_loop(lambda state: jnp.any(~found(state)), narrow, start).high
-
-
-class _Ends(NamedTuple):
-    """Indices ``low < high`` and how many ties lie before them: fewer than wanted the one, enough the other."""
-
-    low: Array
-    high: Array
-    before_low: Array
-    before_high: Array
-    passes: Array

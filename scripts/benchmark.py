@@ -96,7 +96,7 @@ def ours(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
         jax.block_until_ready(jm.merge(adapters, combination_type=kind, **arguments))
 
     cold = seconds(merge, 1)
-    warm = seconds(merge, 2 if kind.endswith("_svd") else 7)
+    warm = seconds(merge, 1 if kind.endswith("_svd") else 15)
     return {"cold": cold, "warm": warm, "peak": _peak(), "beyond inputs": _peak() - before}
 
 

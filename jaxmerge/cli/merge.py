@@ -243,6 +243,10 @@ def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]
         exact = min(exact, max(min(lora.features) for lora in merged.modules.values()))
         more = f"the exact rank is {exact}" if METHODS[record["method"]].linear else "a higher --rank keeps more"
         remarks.append(f"rank {rank} keeps {percent(kept)} of the energy; {more}")
+    missed = sum(float(energy.missed) for energy in merged.energy.values())
+    captured = sum(float(energy.total) - float(energy.lost) for energy in merged.energy.values())
+    if missed > 1e-3 * captured:
+        remarks.append(f"the best rank-{rank} approximation may keep up to {percent(missed / captured)} more of that")
     if len(ranks) > 1:
         remarks.append(f"ranks differ between modules: {span(ranks)}")
     some = [name for name in merged.extras if not all(name in adapter.extras for adapter in adapters)]
