@@ -1,8 +1,9 @@
 """How merges are spread over devices, and arrays laid out on them.
 
-A stack of modules is spread by whole modules, never parts of one: each device works on its own with the same program
-that a single device would run, so a merge has the same bits on any mesh and no device waits for another. Arrays that
-come in sharded are gathered on the devices they lie on, and the result is laid out as they were.
+A stack of modules is spread by whole modules: each device works on its own with the same program that a single device
+would run, so a merge has the same bits on any mesh and no device waits for another. Only where there are more devices
+than modules do they share the rows of large ones, see `jaxmerge.dense`. Arrays that come in sharded are gathered, a
+stack at a time, on the devices they lie on, and the result is laid out as they were.
 """
 
 import math

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 import yaml
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import jaxmerge as jm
+from jaxmerge.memory import release
 from tests.cohort import KINDS, Cohort, Kinds, Linears
 from tests.helpers import delta64, relative_error
 
@@ -1094,3 +1096,23 @@ def test_a_result_that_overflows_is_not_written(tmp_path):
         jm.save(merged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     jm.save(jm.merge([big], [1e6], dtype="float32"), tmp_path / "out")
+
+
+def test_mapped_tensors_are_those_of_the_file_before_and_after_their_pages_are_given_back():
+    eager, mapped = (jm.load(Path(__file__).parent / "adapters" / "sms", mapped=mapped) for mapped in (False, True))
+    for _ in range(2):
+        for path, lora in eager.modules.items():
+            np.testing.assert_array_equal(mapped.modules[path].a, lora.a)
+            np.testing.assert_array_equal(mapped.modules[path].b, lora.b)
+            release(mapped.modules[path].a)
+            release(mapped.modules[path].b)
+            release(lora.a)  # Nothing to give back, and nothing lost.
+    with pytest.raises(ValueError, match="read-only"):
+        mapped.modules[path].a[...] = 0
+
+
+def test_files_have_the_bytes_that_the_library_writes(tmp_path):
+    jm.save(jm.load(Path(__file__).parent / "adapters" / "sms"), tmp_path / "out")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    assert file.read_bytes() == safetensors.numpy.save(tensors, metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """A sweep gives what merges one by one give, and its scores are what they say."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jaxmerge as jm
 from jaxmerge.cli import main
 from tests.helpers import compilations, delta64, relative_error
 
+ADAPTERS = Path(__file__).parent / "adapters"
 SHAPES = {"q": (24, 32), "k": (16, 32), "o": (32, 24)}
 
 
@@ -123,7 +125,7 @@ def test_grids_that_do_not_fit(grid, fixed, words):
 
 
 def test_the_command_shows_a_table_and_draws_a_plot(capsys, tmp_path):
-    sources = ["tests/adapters/sms", "tests/adapters/movie"]
+    sources = [str(ADAPTERS / name) for name in ("sms", "movie")]
     options = ["--method", "ties", "--space", "factors", "--density", "0.2", "0.5", "--scale", "0.5", "1"]
     assert main(["sweep", *sources, *options, "--plot", str(tmp_path / "plot.png")]) == 0
     shown = capsys.readouterr().out
@@ -140,7 +142,7 @@ def test_the_command_shows_a_table_and_draws_a_plot(capsys, tmp_path):
 
 
 def test_the_command_tells_what_is_wrong(capsys, tmp_path):
-    sources = ["tests/adapters/sms", "tests/adapters/movie"]
+    sources = [str(ADAPTERS / name) for name in ("sms", "movie")]
     assert main(["sweep", *sources, "--plot", str(tmp_path / "plot.gif")]) == 1
     assert ".png" in capsys.readouterr().err
     assert main(["sweep", *sources, "--weights", "1"]) == 1
