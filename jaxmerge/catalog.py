@@ -6,7 +6,7 @@ row, and compare the hyperparameters with the signature of the function that the
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -22,17 +22,30 @@ class Hyperparameter:
     Attributes:
         name: As in the function's signature.
         help: One line.
-        kind: ``"density"`` is a number in (0, 1], bound to each task matrix's size; ``"choice"`` one of
-            ``choices``, static under jit.
+        kind: ``"density"`` is a number in (0, 1], bound to each task matrix's size; ``"number"`` any other, which may
+            be traced; ``"choice"`` one of ``choices`` and ``"count"`` a whole number, both static under jit.
         default: None where it must be given.
         choices: For ``"choice"``.
+        least: The smallest value there may be.
+        most: The largest.
+        above: What values must be greater than.
+        below: What they must be less than.
     """
 
     name: str
     help: str
-    kind: Literal["density", "choice"]
+    kind: Literal["density", "number", "choice", "count"]
     default: Any = None
     choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def traceable(self) -> bool:
+        """Whether it may change without a new compile."""
+        return self.kind in ("density", "number")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,15 @@ class Method:
         pruning: ``"magnitude"`` or ``"random"`` where it prunes each task so and then combines them entry by entry.
             Dense deltas are then merged a few rows at a time.
         combine: ``module:name`` of that function ``(tasks [n, ...], weights [n], **choices) -> [...]``.
+        ranked: Whether it takes ``ranks``, those of the n tasks, static under jit.
+        spaces: The names in `SPACES` in which it makes sense.
+        elsewhere: Why it makes none in the others, in a line.
+        least: The fewest adapters it takes.
+        most: The most, or None for any number.
+        breaks: The laws of the grid that it does not keep, with the reason: ``"single"`` (one adapter of weight 1 and
+            density 1 comes back), ``"negation"`` (negative weights negate), ``"homogeneity"`` (all scales doubled
+            double the result), ``"zeros"`` (an adapter of zeros changes nothing), ``"order"`` (nor does the adapters'
+            order).
         hyperparameters: In the order of the signature.
     """
 
@@ -65,6 +87,12 @@ class Method:
     random: bool = False
     pruning: Literal["", "magnitude", "random"] = ""
     combine: str = ""
+    ranked: bool = False
+    spaces: tuple[str, ...] = ("full", "factors", "knots", "core", "ctm")
+    elsewhere: str = ""
+    least: int = 1
+    most: int | None = None
+    breaks: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameter, ...] = ()
 
     def load(self) -> Callable[..., Any]:

@@ -138,7 +138,7 @@ def _frozen(setting: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _check_grid(grid: Grid, fixed: Mapping[str, Any]) -> None:
     """Raises a ValueError for a grid that cannot be."""
-    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.kind == "density"}
+    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.traceable}
     known = {"weights", "scale", "seed", *numeric}
     problems = [f"the grid has no values for {name}" for name, values in grid.items() if len(values) == 0]
     listed = ", ".join(sorted(known))

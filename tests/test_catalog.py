@@ -34,9 +34,10 @@ FLOORS = {
 def test_a_row_agrees_with_its_function(name):
     row = jm.METHODS[name]
     parameters = inspect.signature(row.load()).parameters
-    own = [p for p in parameters if p not in ("task_tensors", "weights", "key")]
+    own = [p for p in parameters if p not in ("task_tensors", "weights", "key", "ranks")]
     assert own == [h.name for h in row.hyperparameters]
     assert ("key" in parameters) == row.random
+    assert ("ranks" in parameters) == row.ranked
     for hyperparameter in row.hyperparameters:
         default = parameters[hyperparameter.name].default
         assert hyperparameter.default == (None if default is inspect.Parameter.empty else default)

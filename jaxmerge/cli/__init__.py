@@ -101,7 +101,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per adapter, any sign (equal)")
     how.add_argument("--seed", type=_seed, metavar="N", help="for methods that draw; N is jax.random.key(N)")
     for name, hyperparameter, users in _hyperparameters():
-        if hyperparameter.kind == "density":
+        if hyperparameter.traceable:
             how.add_argument(_flag(name), type=float, help=f"{hyperparameter.help} [{users}]")
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
@@ -135,7 +135,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--scale", nargs="+", type=float, metavar="X", help="what the merge is multiplied by (1)")
     grid.add_argument("--seed", nargs="+", type=_seed, metavar="N", help="for methods that draw")
     for name, hyperparameter, users in _hyperparameters():
-        if hyperparameter.kind == "density":
+        if hyperparameter.traceable:
             grid.add_argument(_flag(name), nargs="+", type=float, metavar="X", help=f"{hyperparameter.help} [{users}]")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--sort", choices=SCORES, default="worst_cosine", help="best first by this score (worst_cosine)")
@@ -165,6 +165,8 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     for name, hyperparameter, users in _hyperparameters():
         if hyperparameter.kind == "choice":
             how.add_argument(_flag(name), choices=hyperparameter.choices, help=f"{hyperparameter.help} [{users}]")
+        if hyperparameter.kind == "count":
+            how.add_argument(_flag(name), type=_count, metavar="N", help=f"{hyperparameter.help} [{users}]")
     return how
 
 

@@ -48,13 +48,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _grid(options: argparse.Namespace) -> dict[str, list[Any]]:
     """The options with several values."""
-    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.kind == "density"}
+    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.traceable}
     grid = {name: getattr(options, name) for name in ("weights", "scale", "seed", *sorted(numeric))}
     return {name: values for name, values in grid.items() if values is not None}
 
 
 def _rows(options: argparse.Namespace, adapters: list[Adapter]) -> list[dict[str, Any]]:
-    choices = {h.name for row in METHODS.values() for h in row.hyperparameters if h.kind == "choice"}
+    choices = {h.name for row in METHODS.values() for h in row.hyperparameters if not h.traceable}
     fixed = {name: getattr(options, name) for name in choices if getattr(options, name) is not None}
     names = ("method", "space", "combination_type", "rank")
     arguments = {name: getattr(options, name) for name in names} | placing(options) | fixed

@@ -1,6 +1,7 @@
 """What can be wrong with a merge. Checks gather problems, so that all can be told together."""
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,6 +93,26 @@ def _hyperparameter_problem(method: str, hyperparameter: Hyperparameter, value: 
             bind_density(value, 1)
         except ValueError as error:
             return [str(error)]
+    if hyperparameter.kind in ("number", "count"):
+        return _range_problem(hyperparameter, value)
+    return []
+
+
+def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
+    """What is wrong with a number, as far as its value is known."""
+    if not has_values(value) and hyperparameter.kind == "number":
+        return []
+    name, number = hyperparameter.name, None if isinstance(value, bool) else _number(value)
+    if number is None or not math.isfinite(number):  # type: ignore[arg-type]
+        return [f"{name} should be a number, got {value!r}"]
+    if hyperparameter.kind == "count" and number != int(number):  # type: ignore[arg-type]
+        return [f"{name} should be a whole number, got {value!r}"]
+    bounds = {"at least": hyperparameter.least, "at most": hyperparameter.most,
+              "above": hyperparameter.above, "below": hyperparameter.below}  # fmt: skip
+    holds = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
+    if any(bound is not None and not holds[words](number, bound) for words, bound in bounds.items()):
+        wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+        return [f"{name} should be {wanted}, got {number:g}"]
     return []
 
 

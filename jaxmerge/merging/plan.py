@@ -80,7 +80,7 @@ def plan_merge(
     problems = value_problems(adapters)
 
     choices = {h.name: hyperparameters.get(h.name, h.default) for h in METHODS[method].hyperparameters}
-    numbers = {h.name: choices.pop(h.name) for h in METHODS[method].hyperparameters if h.kind == "density"}
+    numbers = {h.name: choices.pop(h.name) for h in METHODS[method].hyperparameters if h.traceable}
     budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), mesh)
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)

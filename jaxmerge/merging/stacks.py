@@ -22,7 +22,7 @@ from jaxmerge.catalog import METHODS, SPACES, Method
 from jaxmerge.lowrank import balanced, truncated_svd
 from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
-from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
+from jaxmerge.sparsify import AtRandom, Largest, bind_density, round_to
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Program:
 
     method: str
     space: str
-    choices: tuple[tuple[str, str], ...] = ()
+    choices: tuple[tuple[str, Any], ...] = ()
     mesh: Mesh | None = None
     by_rows: bool = False
     at_once: int = 1
@@ -162,7 +162,7 @@ def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[i
 
 
 # The numeric hyperparameters of S settings, bound to the size of each task set: name -> ``[S]``.
-Numbers = Sequence[Mapping[str, Density]]
+Numbers = Sequence[Mapping[str, Any]]
 
 
 def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[str, Any]]) -> Numbers:
@@ -171,8 +171,15 @@ def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[st
     def along_settings(*leaves: Any) -> Any:
         return np.stack(leaves) if all(map(on_host, leaves)) else jnp.stack(leaves)
 
-    def bind(size: int) -> Mapping[str, Density]:
-        bound = [{name: bind_density(value, size) for name, value in numbers.items()} for numbers in settings]
+    densities = {h.name for h in program.row.hyperparameters if h.kind == "density"}
+
+    def bind_one(name: str, value: Any, size: int) -> Any:
+        if name in densities:
+            return bind_density(value, size)
+        return value.astype(bucket.wide) if isinstance(value, jax.Array) else np.asarray(value, bucket.wide)
+
+    def bind(size: int) -> Mapping[str, Any]:
+        bound = [{name: bind_one(name, value, size) for name, value in numbers.items()} for numbers in settings]
         return jax.tree.map(along_settings, *bound)
 
     return [bind(size) for size in set_sizes(program.space, program.method, bucket.features, bucket.ranks)]
@@ -287,7 +294,8 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
         weights = form.weigh(factors.scales, setting.weights)
         for i, (tasks, own, bound) in enumerate(zip(sets, weights, setting.numbers, strict=True)):
             key = {} if setting.keys is None else {"key": _set_keys(setting.keys, i)}
-            merged.append(method(tasks, own, **bound, **dict(program.choices), **key))
+            ranks = {"ranks": bucket.ranks} if program.row.ranked else {}
+            merged.append(method(tasks, own, **bound, **dict(program.choices), **key, **ranks))
         return form.lift(merged, frame, bucket.rank)
 
     return _each(merge, settings)
@@ -328,8 +336,8 @@ def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting) -> spa
     return jax.tree.map(lambda x: jnp.asarray(x)[None], merge(jax.tree.map(lambda x: x[0], settings)))
 
 
-def _with_cut(bound: Mapping[str, Density], cut: Cut) -> Mapping[str, Density]:
-    return {name: dataclasses.replace(density, cut=cut) for name, density in bound.items()}
+def _with_cut(bound: Mapping[str, Any], cut: Cut) -> Mapping[str, Any]:
+    return {**bound, "density": dataclasses.replace(bound["density"], cut=cut)}
 
 
 def _set_keys(keys: Array, i: int) -> Array:
