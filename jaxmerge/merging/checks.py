@@ -103,9 +103,9 @@ def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
     if not has_values(value) and hyperparameter.kind == "number":
         return []
     name, number = hyperparameter.name, None if isinstance(value, bool) else _number(value)
-    if number is None or not math.isfinite(number):  # type: ignore[arg-type]
+    if not isinstance(number, float) or not math.isfinite(number):
         return [f"{name} should be a number, got {value!r}"]
-    if hyperparameter.kind == "count" and number != int(number):  # type: ignore[arg-type]
+    if hyperparameter.kind == "count" and number != int(number):
         return [f"{name} should be a whole number, got {value!r}"]
     bounds = {"at least": hyperparameter.least, "at most": hyperparameter.most,
               "above": hyperparameter.above, "below": hyperparameter.below}  # fmt: skip
