@@ -19,8 +19,8 @@ SOURCE = Path(jm.__file__).parent
 
 # A module may import from lower floors, and from its own package.
 FLOORS = {
-    "base": 0, "memory": 0, "threads": 0, "catalog": 0, "layouts": 0, "version": 0,
-    "selection": 1, "datafree": 1, "lowrank": 1, "sharding": 1, "lapack": 1,
+    "base": 0, "threads": 0, "catalog": 0, "layouts": 0, "version": 0,
+    "memory": 1, "selection": 1, "datafree": 1, "lowrank": 1, "sharding": 1, "lapack": 1,
     "sparsify": 2, "dense": 2, "metrics": 2,
     "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
     "methods": 4,

@@ -16,6 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmerge.memory import release
+
 # Of a file: bytes, or what gives bytes piece by piece.
 Contents = bytes | Sequence[Any]
 
@@ -45,7 +47,7 @@ def check_target(path: Path, force: bool, marker: str | None) -> None:
             raise ValueError(f"{path}: is a file, not an adapter folder; it is left alone")
         if marker is not None and not (path / marker).is_file() and any(path.iterdir()):
             raise ValueError(f"{path}: is not an adapter (no {marker} in it), so --force does not replace it")
-    place = _existing_ancestor(path.parent if not path.exists() else path)
+    place = existing_ancestor(path.parent if not path.exists() else path)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
 
@@ -69,7 +71,7 @@ def write_folder(
     check_target(path, force, marker)
     path = path.resolve()
     with contextlib.ExitStack() as stack:
-        handles = _write_unnamed(_existing_ancestor(path.parent), files, stack)
+        handles = _write_unnamed(existing_ancestor(path.parent), files, stack)
         made = _make_parents(path.parent)
         staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
         try:
@@ -102,7 +104,7 @@ def check_file_target(path: Path, force: bool) -> None:
         raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'a broken link'}; it is left alone")
     if path.exists() and not force:
         raise ValueError(f"{path}: already exists (--force replaces an adapter)")
-    place = _existing_ancestor(path.parent)
+    place = existing_ancestor(path.parent)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: cannot be written, {place} is not a writable folder")
 
@@ -122,7 +124,7 @@ def write_file(path: Path, data: Contents, *, force: bool) -> None:
     check_file_target(path, force)
     path = path.resolve()
     with contextlib.ExitStack() as stack:
-        handles = _write_unnamed(_existing_ancestor(path.parent), {path.name: data}, stack)
+        handles = _write_unnamed(existing_ancestor(path.parent), {path.name: data}, stack)
         _make_parents(path.parent)
         staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
         try:
@@ -134,7 +136,8 @@ def write_file(path: Path, data: Contents, *, force: bool) -> None:
         _sync_folder(path.parent)
 
 
-def _existing_ancestor(path: Path) -> Path:
+def existing_ancestor(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -194,6 +197,7 @@ def _write_all(handle: int, data: Contents) -> None:
         while view:
             # One call writes at most 2 GiB.
             view = view[os.write(handle, view[: 2**30]) :]
+        release(piece)
     os.fsync(handle)
 
 
