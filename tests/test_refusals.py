@@ -93,8 +93,6 @@ FOREIGN = {
     "kasa": (lambda: lora(kasa_config=peft.KasaConfig()), Linears, ["KaSA", "diagonal"]),
     "alora": (lambda: lora(alora_invocation_tokens=[1, 2]), Linears, ["aLoRA", "invocation"]),
     "ia3": (lambda: peft.IA3Config(target_modules=["first"], feedforward_modules=[]), Linears, ["IA3"]),
-    "lokr": (lambda: peft.LoKrConfig(**ATTENTION), Linears, ["LOKR"]),
-    "loha": (lambda: peft.LoHaConfig(**ATTENTION), Linears, ["LOHA"]),
     "adalora": (lambda: peft.AdaLoraConfig(total_step=10, **ATTENTION), Linears, ["ADALORA"]),
     "vera": (lambda: peft.VeraConfig(**ATTENTION), Linears, ["VERA"]),
     "moe": (
@@ -112,11 +110,18 @@ def test_other_kinds_are_refused_by_name(tmp_path, kind):
     assert_refused(save(tmp_path / kind, config(), model), *words)
 
 
+# Read by their own names, and not under that of LoRA.
+PRODUCTS = {
+    "lokr": (lambda: peft.LoKrConfig(**ATTENTION), Linears, ["LoKr"]),
+    "loha": (lambda: peft.LoHaConfig(**ATTENTION), Linears, ["LoHa"]),
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "word"), [("dora", "DoRA"), ("kasa", "KaSA"), ("ia3", "IA³"), ("lokr", "LoKr"), ("loha", "LoHa")]
 )
 def test_other_kinds_are_known_by_their_keys_too(tmp_path, kind, word):
-    config, model, _ = FOREIGN[kind]
+    config, model, _ = (FOREIGN | PRODUCTS)[kind]
     folder = save(tmp_path / kind, config(), model)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     assert_refused(folder, word, "cannot be merged")

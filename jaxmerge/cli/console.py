@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,6 +106,12 @@ def percent(fraction: float) -> str:
     if fraction >= 1:
         return "100 %"
     return f"{min(100 * fraction, 99.9999):.6g} %" if fraction > 0.999 else f"{100 * fraction:.1f} %"
+
+
+def kept_span(fractions: Sequence[float]) -> str:
+    """One fraction in percent, or the smallest and the largest of several."""
+    low, high = percent(min(fractions)), percent(max(fractions))
+    return low if math.isclose(min(fractions), max(fractions)) or low == high else f"{low} … {high}"
 
 
 def span(values: Iterable[float], digits: int = 4) -> str:

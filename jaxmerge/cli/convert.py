@@ -9,6 +9,7 @@ from rich.markup import escape
 from jaxmerge import io
 from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.cli.console import conversion, out, pattern, print_json, reading, report_error, report_problems, table
+from jaxmerge.cli.remarks import conversion_remark
 from jaxmerge.layouts import Conversion
 
 
@@ -49,6 +50,7 @@ def summarise(options: argparse.Namespace, adapter: Adapter, converted: Adapter)
             for path, lora in converted.modules.items()
         },
         "rank_on_disk": io.rank_on_disk(converted),
+        "remarks": [f"{options.input}: {words}"] if (words := conversion_remark(adapter)) else [],
     }
 
 
@@ -67,5 +69,7 @@ def _print(summary: dict[str, Any]) -> None:
     out.print()
     ranks = ", ".join(map(str, summary["ranks_read"]))
     out.print(f"{summary['modules_read']} modules of rank {ranks} read, {len(summary['modules'])} written, exact")
+    for remark in summary["remarks"]:
+        out.print(escape(remark))
     if summary["rank_on_disk"]:
         out.print(f"filled up with zeros to rank {summary['rank_on_disk']}, the one rank that the format has")

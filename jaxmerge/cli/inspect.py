@@ -13,6 +13,7 @@ from rich.markup import escape
 from jaxmerge import io
 from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.cli.console import out, pattern, print_json, reading, report_problems, span, table
+from jaxmerge.cli.remarks import conversion_remark
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
@@ -91,6 +92,7 @@ def _described(adapter: Adapter, problems: Sequence[str]) -> dict[str, Any]:
     return {
         "cannot_be_merged": [*problems, *own_base, *[f"module {module} holds NaN or inf" for module in broken]],
         "sha256": json.loads(adapter.metadata.provenance)["sha256"],
+        "converted": conversion_remark(adapter),
         "modules": _modules(adapter, broken),
         "extras": {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in adapter.extras.items()
@@ -148,6 +150,8 @@ def _print(description: dict[str, Any]) -> None:
                 )
             )
         out.print(table(headings, rows))
+    if description.get("converted"):
+        out.print(escape(description["converted"]))
     if description["extras"]:
         out.print(f"not LoRA factors: {escape(', '.join(description['extras']))}")
     for problem in description["cannot_be_merged"]:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.catalog import METHODS
 from jaxmerge.cli.console import (
     conversion,
+    kept_span,
     out,
     pattern,
     percent,
@@ -29,6 +29,7 @@ from jaxmerge.cli.console import (
     table,
 )
 from jaxmerge.cli.machine import join, keep_programs, placing
+from jaxmerge.cli.remarks import format_remarks
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.merging.plan import plan_merge
@@ -196,23 +197,8 @@ def summarise(
             name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
         },
     }
-    return summary | {"remarks": _remarks(adapters, merged, kept) + _format_remarks(options, adapters, merged, written)}
-
-
-def _format_remarks(
-    options: argparse.Namespace, adapters: list[Adapter], merged: Adapter, written: Adapter
-) -> list[str]:
-    """What the user should know of how the result lies in its files."""
-    remarks = []
-    if (written.metadata.format, written.metadata.place) != (merged.metadata.format, merged.metadata.place):
-        ranks = span({lora.rank for lora in written.modules.values()})
-        remarks.append(f"written as {options.format}: {len(written.modules)} modules of rank {ranks}")
-    if rank := io.rank_on_disk(written):
-        remarks.append(f"filled up with zeros to rank {rank}, the one rank that the format has")
-    left_out = [name for adapter in adapters for name in json.loads(adapter.metadata.provenance).get("left_out", [])]
-    if left_out:
-        remarks.append(f"not an adapter's, and not carried over: {', '.join(dict.fromkeys(left_out))}")
-    return remarks
+    remarks = _remarks(adapters, merged, kept) + format_remarks(options.format, adapters, merged, written)
+    return summary | {"remarks": remarks}
 
 
 def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]:
@@ -287,7 +273,7 @@ def _print(summary: dict[str, Any]) -> None:
         sources = "all" if len(module["sources"]) == len(inputs) else ", ".join(map(str, module["sources"]))
         key = pattern(path), f"{module['out']}×{module['in']}", module["rank"], sources
         groups[key].append(module["energy_kept"])
-    rows = [(*group, len(kept), _kept(kept)) for group, kept in groups.items()]
+    rows = [(*group, len(kept), kept_span(kept)) for group, kept in groups.items()]
     headings = [("module", "left"), ("out×in", "right"), ("rank", "right"), ("from", "left"),
                 ("count", "right"), ("energy kept", "right")]  # fmt: skip
     out.print(table(headings, rows))
@@ -295,8 +281,3 @@ def _print(summary: dict[str, Any]) -> None:
     for remark in summary["remarks"]:
         style = "yellow" if ("keeps" in remark and "exact;" not in remark) or "approximation" in remark else "none"
         out.print(escape(remark), style=style)
-
-
-def _kept(fractions: list[float]) -> str:
-    low, high = percent(min(fractions)), percent(max(fractions))
-    return low if math.isclose(min(fractions), max(fractions)) or low == high else f"{low} … {high}"

@@ -36,9 +36,9 @@ def load(
     """Reads an adapter; its format is recognised. Where there are several processes, all of them call it.
 
     Args:
-        path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name. Or an Orbax
-            checkpoint of a Flax LoRA tree: a manager's root (the latest step is taken), a step, or an item. Or a
-            ``.lora.h5`` file of KerasHub.
+        path: A PEFT LoRA folder, or one that holds a single adapter in a subfolder under its name; LoHa and LoKr
+            become LoRA of their exact rank. Or an Orbax checkpoint of a Flax LoRA tree: a manager's root (the latest
+            step is taken), a step, or an item. Or a ``.lora.h5`` file of KerasHub.
         alpha: For Orbax, as in `from_state`.
         scan_axis: For Orbax, as in `from_state`.
         item: For Orbax, which item of a step that has several.
@@ -51,7 +51,8 @@ def load(
             overwritten in place for as long.
 
     Returns:
-        The adapter, in the dtype of the file; its arrays are on the host if there is no mesh.
+        The adapter, in the dtype of the file (LoHa and LoKr in float32 or wider, which holds their products); its
+        arrays are on the host if there is no mesh.
 
     Raises:
         ValueError: If it cannot be read, or holds something that jaxmerge does not merge; one line for each

@@ -1,4 +1,7 @@
-"""PEFT's LoRA folder: ``adapter_config.json`` and ``adapter_model.safetensors``. Needs no torch."""
+"""PEFT's LoRA folder: ``adapter_config.json`` and ``adapter_model.safetensors``. Needs no torch.
+
+Folders of LoHa and LoKr are read too, and are LoRA from then on.
+"""
 
 import dataclasses
 import functools
@@ -18,14 +21,15 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from jaxmerge.base import Adapter, Array, LoRA, Metadata
-from jaxmerge.io import atomic, card
-from jaxmerge.io.peft_config import export_config
+from jaxmerge.base import Adapter, Array, LoRA, Metadata, has_values, promote
+from jaxmerge.io import atomic, card, products
+from jaxmerge.io.peft_config import as_lora_config, export_config
 from jaxmerge.io.peft_keys import (
     FLOATS,
     PREFIX,
     Contents,
     Layout,
+    ModuleKeys,
     TensorSpec,
     inside_wrapper,
     natural_order,
@@ -269,6 +273,10 @@ def build_adapter(
     """
     modules, layouts = {}, []
     for path, module in contents.modules.items():
+        layouts.append((path, module.layout))
+        if module.product is not None:
+            modules[path] = _multiplied_out(module, contents.kind, tensors, read)
+            continue
         a, b = module.keys["a"], module.keys["b"]
         a_shape, b_shape = tensors[a].shape, tensors[b].shape
         modules[path] = LoRA(
@@ -277,12 +285,16 @@ def build_adapter(
             scale=module.scale,
             bias=read(module.keys["bias"], b_shape[:1]) if "bias" in module.keys else None,
         )
-        layouts.append((path, module.layout))
+    rank = nominal_rank(config)
+    if contents.kind != "LORA":
+        # What is of another kind has its exact ranks, whatever it declares.
+        rank, config = None, as_lora_config(config)
+        provenance = {**provenance, "converted_from": products.NAMES[contents.kind]}
     metadata = Metadata(
         format="peft",
         name=name,
         base_model=config.get("base_model_name_or_path") or None,
-        rank=nominal_rank(config),
+        rank=rank,
         layouts=tuple(layouts),
         config=json.dumps(config, sort_keys=True),
         provenance=json.dumps(provenance),
@@ -290,6 +302,23 @@ def build_adapter(
     )
     extras = {name: read(key, tensors[key].shape) for name, key in contents.extras.items()}
     return Adapter(modules=modules, extras=extras, metadata=metadata)
+
+
+def _multiplied_out(
+    module: ModuleKeys,
+    kind: str,
+    tensors: Mapping[str, TensorSpec],
+    read: Callable[[str, tuple[int, ...]], Any],
+) -> LoRA:
+    """The exact LoRA factors of a module of LoHa or LoKr; of shapes alone their shapes."""
+    assert module.product is not None
+    found = {role: read(key, tensors[key].shape) for role, key in module.keys.items()}
+    if all(map(has_values, found.values())):
+        return LoRA(*products.factors(kind, found), module.scale)
+    (out, in_), rank = module.product.features, module.product.rank
+    dtype = promote(np.float32, *(leaf.dtype for leaf in found.values()))
+    shape_of: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    return LoRA(shape_of((rank, in_)), shape_of((out, rank)), module.scale)
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmerge.base import Adapter, LoRA
-from jaxmerge.io.peft_keys import TOKENS, Layout, as_list, natural_order
+from jaxmerge.io.peft_keys import TOKENS, Layout, as_list, natural_order, outer_module
 
 # Fields that belong to how the first adapter was made and not to what the merged one is.
 _RESET: Mapping[str, Any] = {
@@ -24,6 +24,16 @@ _RESET: Mapping[str, Any] = {
 _AGREED = ("task_type", "auto_mapping", "revision", "ensure_weight_tying")
 # Fields that say which modules are adapted.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Fields that adapters of all kinds have, with one meaning.
+_COMMON = (
+    *("base_model_name_or_path", "task_type", "auto_mapping", "revision", "inference_mode", "peft_version"),
+    *("modules_to_save", *_TARGETS),
+)
+
+
+def as_lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoRA configuration, but for ranks and alphas, of an adapter of another kind that was made LoRA."""
+    return {"peft_type": "LORA", **{field: config[field] for field in _COMMON if field in config}}
 
 
 def combine_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -120,7 +130,7 @@ def _written_out(paths: Sequence[str]) -> list[str] | str:
     PEFT takes an entry of a list for the end of a path, so that ``head`` is ``decoder.head`` too. Where that could
     happen it gets a regular expression instead, which it matches to the whole path.
     """
-    targets = list(dict.fromkeys(path.removesuffix(".base_layer.out_proj") for path in paths))
+    targets = list(dict.fromkeys(outer_module(path) for path in paths))
     ambiguous = any("." not in target for target in targets) or any(
         other.endswith(f".{target}") for target in targets for other in targets
     )

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxmerge.io import products
+
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
 
@@ -54,7 +56,11 @@ _SWITCHES: Mapping[str, str] = {
     "arrow_config": "Arrow: it routes between adapters",
     "alora_invocation_tokens": "aLoRA: it is active only after its invocation tokens",
 }
-_KNOWN_SWITCHES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
+# The switches that are read, by the kind of adapter.
+_KNOWN_SWITCHES: Mapping[str, Collection[str]] = {
+    "LORA": {"use_rslora", "use_dora", "use_qalora", "use_bdlora"},
+    **dict.fromkeys(products.NAMES, ("use_effective_conv2d",)),
+}
 
 _OWN_BASE: Mapping[str, str] = {
     "pissa": "PiSSA",
@@ -95,6 +101,7 @@ class ModuleKeys:
     keys: dict[str, str] = field(default_factory=dict)
     layout: Layout = Layout()
     scale: float = 1.0
+    product: products.Product | None = None
 
 
 @dataclass
@@ -106,12 +113,14 @@ class Contents:
         extras: Name without the prefix and the adapter's name -> key.
         problems: Why it cannot be read as LoRA factors; empty if it can.
         own_base: Why its factors belong to a base model of their own, or empty.
+        kind: ``"LORA"``, or one of the kinds in `jaxmerge.io.products`, whose modules become LoRA when they are read.
     """
 
     modules: dict[str, ModuleKeys]
     extras: dict[str, str]
     problems: list[str]
     own_base: str = ""
+    kind: str = "LORA"
 
 
 def read_contents(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Contents:
@@ -124,17 +133,24 @@ def read_contents(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) 
     Returns:
         The contents, with all problems found.
     """
-    problems = _config_problems(config)
+    kind = str(config.get("peft_type", "LORA")).rsplit(".", 1)[-1].upper()
+    if kind not in _KNOWN_SWITCHES:
+        return Contents({}, {}, [_unmergeable(f"{kind}: it is not LoRA and has no pairs of factors")])
+    problems = _config_problems(config, kind)
     if problems:  # The tensors of another kind of adapter would only repeat it, key by key.
         return Contents({}, {}, problems)
-    modules, extras, problems = _sort_keys(tensors)
+    modules, extras, problems = _sort_keys(tensors, kind)
     if not modules and not problems:
-        problems.append("holds no LoRA factors (no lora_A and lora_B)")
+        whats = f"{products.NAMES[kind]} factors" if kind in products.NAMES else "LoRA factors (no lora_A and lora_B)"
+        problems.append(f"holds no {whats}")
     for path, module in modules.items():
-        problem = _check_module(path, module, tensors, config)
+        if kind == "LORA":
+            problem = _check_module(path, module, tensors, config)
+        else:
+            problem = _check_product(path, module, tensors, config, kind)
         if problem:
             problems.append(problem)
-    return Contents(modules, extras, problems, _own_base(config))
+    return Contents(modules, extras, problems, _own_base(config), kind)
 
 
 def nominal_rank(config: Mapping[str, Any]) -> int:
@@ -142,18 +158,16 @@ def nominal_rank(config: Mapping[str, Any]) -> int:
     return max(config.get("r", 8), *(config.get("rank_pattern") or {}).values(), 1)
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    kind = str(config.get("peft_type", "LORA")).rsplit(".", 1)[-1].upper()
-    if kind != "LORA":
-        return [_unmergeable(f"{kind}: it is not LoRA and has no pairs of factors")]
+def _config_problems(config: Mapping[str, Any], kind: str) -> list[str]:
     problems = [_unmergeable(what) for name, what in _SWITCHES.items() if config.get(name)]
     if config.get("target_parameters"):
         names = ", ".join(map(str, as_list(config["target_parameters"])))
         problems.append(f"adapts nn.Parameters ({names}; target_parameters), which cannot be merged yet")
     for name, value in config.items():
-        if name.startswith("use_") and value and name not in _KNOWN_SWITCHES:
-            problems.append(f"sets {name} in adapter_config.json, a variant of LoRA that jaxmerge does not know")
-    for name in ("r", "lora_alpha"):
+        if name.startswith("use_") and value and name not in _KNOWN_SWITCHES[kind]:
+            variant = products.NAMES.get(kind, "LoRA")
+            problems.append(f"sets {name} in adapter_config.json, a variant of {variant} that jaxmerge does not know")
+    for name in ("r", "lora_alpha" if kind == "LORA" else "alpha"):
         value = config.get(name, 8)
         if not _is_number(value):
             problems.append(f"{name} in adapter_config.json is {_short(value)}, not a number")
@@ -215,14 +229,14 @@ def _own_base(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _sort_keys(tensors: Iterable[str]) -> tuple[dict[str, ModuleKeys], dict[str, str], list[str]]:
+def _sort_keys(tensors: Iterable[str], kind: str) -> tuple[dict[str, ModuleKeys], dict[str, str], list[str]]:
     modules: dict[str, ModuleKeys] = {}
     extras: dict[str, str] = {}
-    problems, names = [], set()
+    problems, names, roles = [], set(), _roles(kind)
     foreign: dict[str, list[str]] = {}
     loose: dict[str, str] = {}
     for key in sorted(tensors, key=natural_order):
-        role, path, name = _role(key.removeprefix(PREFIX))
+        role, path, name = _role(key.removeprefix(PREFIX), roles)
         names.add(name)
         if role == "foreign":
             foreign.setdefault(path, []).append(key)
@@ -262,12 +276,20 @@ def inside_wrapper(name: str, modules: Collection[str]) -> str:
     return name if path is None else f"{path}.base_layer{name.removeprefix(path)}"
 
 
-def _role(key: str) -> tuple[str, str, str | None]:
+def _roles(kind: str) -> Sequence[tuple[str, re.Pattern[str]]]:
+    """The roles that tensors of a kind of adapter have."""
+    if kind == "LORA":
+        return _ROLES
+    own = [(role, re.compile(rf"^(?P<module>.+)\.{role}{_NAME}$")) for role in products.ROLES[kind]]
+    return [*own, *(row for row in _ROLES if row[0] == "extra")]
+
+
+def _role(key: str, roles: Sequence[tuple[str, re.Pattern[str]]]) -> tuple[str, str, str | None]:
     """A key's role, its module path, and the adapter's name in it.
 
     In place of the path: for an extra its own name, for a foreign key what it belongs to.
     """
-    for role, pattern in _ROLES:
+    for role, pattern in roles:
         match = pattern.match(key)
         if match is None:
             continue
@@ -305,12 +327,10 @@ def _check_module(
         return f"module {path} is a grouped convolution ({rank // b.shape[1]} groups), which cannot be merged yet"
     if b.shape[1] != rank or any(size != 1 for size in b.shape[2:]):
         return f"module {path} has factors of shapes {a.shape} and {b.shape}, whose ranks differ"
-    # The projection inside MultiheadAttention takes its numbers from the module around it.
-    name = path.removesuffix(".base_layer.out_proj")
-    declared = _for_module(config.get("rank_pattern"), name, config.get("r", 8))
+    name = outer_module(path)
+    declared = _declared_rank(config, name)
     if declared != rank:
-        says = f"says {declared}" if "r" in config else f"has no r, for which PEFT takes {declared}"
-        return f"module {path} has rank {rank}, but adapter_config.json {says}"
+        return _other_rank(path, rank, declared, config)
     bias = tensors[module.keys["bias"]] if "bias" in module.keys else None
     if bias is not None and (bias.shape != b.shape[:1] or bias.dtype not in FLOATS):
         return f"module {path} has a lora_B.bias of shape {bias.shape} and type {bias.dtype}, which does not fit"
@@ -318,6 +338,44 @@ def _check_module(
     module.scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     module.layout = Layout("embedding" if embedding else "conv" if kernel else "linear", kernel)
     return None
+
+
+def _check_product(
+    path: str, module: ModuleKeys, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], kind: str
+) -> str | None:
+    """`_check_module` for a module of LoHa or LoKr."""
+    if missing := products.lacking(kind, module.keys):
+        return f"module {path} lacks its factor {missing[0]}"
+    specs = {role: tensors[key] for role, key in module.keys.items()}
+    if others := [spec.dtype for spec in specs.values() if spec.dtype not in FLOATS]:
+        return f"module {path} is stored as {others[0]}; {products.NAMES[kind]} must be F16, BF16, F32 or F64"
+    product = products.of_shapes(kind, {role: spec.shape for role, spec in specs.items()})
+    if product is None:
+        shapes = ", ".join(f"{role} {spec.shape}" for role, spec in specs.items())
+        return f"module {path} has tensors that no {products.NAMES[kind]} layer has: {shapes}"
+    declared = _declared_rank(config, path)
+    if others := product.inner - {declared}:
+        return _other_rank(path, min(others), declared, config)
+    if not declared > 0:
+        return f"module {path} has rank {declared} in adapter_config.json, by which its alpha is divided"
+    module.product = product
+    module.scale = _for_module(config.get("alpha_pattern"), path, config.get("alpha", 8)) / declared
+    module.layout = Layout("conv" if product.kernel else "linear", product.kernel)
+    return None
+
+
+def outer_module(path: str) -> str:
+    """The module whose rank and alpha a module has: that around it, for the projection inside MultiheadAttention."""
+    return path.removesuffix(".base_layer.out_proj")
+
+
+def _declared_rank(config: Mapping[str, Any], name: str) -> Any:
+    return _for_module(config.get("rank_pattern"), name, config.get("r", 8))
+
+
+def _other_rank(path: str, rank: int, declared: Any, config: Mapping[str, Any]) -> str:
+    says = f"says {declared}" if "r" in config else f"has no r, for which PEFT takes {declared}"
+    return f"module {path} has rank {rank}, but adapter_config.json {says}"
 
 
 def _for_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
