@@ -6,7 +6,7 @@ row, and compare the hyperparameters with the signature of the function that the
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -140,6 +140,30 @@ class CombinationType:
     rank: Literal["sum", "max", "equal"]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A row of `STAGES`: what can be done to a merge once it is made.
+
+    Attributes:
+        summary: One line.
+        paper: Where it comes from.
+        function: ``module:name``. What it needs is in its arguments: the ``merged`` factors of one module, its
+            ``sources`` and their ``weights``, to give new factors; or the ``paths`` of all modules, to give a factor
+            for each.
+        hyperparameters: In the order of the signature, but for ``scope``, which is for the caller to heed: a factor for
+            each module, or one for the whole model.
+    """
+
+    summary: str
+    paper: str
+    function: str
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the function."""
+        return _imported(self.function)
+
+
 _DENSITY = Hyperparameter("density", "fraction of each task's entries to keep, in (0, 1]", "density")
 _MAJORITY = Hyperparameter(
     "majority_sign_method",
@@ -148,6 +172,37 @@ _MAJORITY = Hyperparameter(
     default="total",
     choices=("total", "frequency"),
 )
+_ELECTION = Hyperparameter(
+    "election",
+    "whether tasks vote for a sign as they are (unweighted) or times their weights (weighted)",
+    "choice",
+    default="unweighted",
+    choices=("unweighted", "weighted"),
+)
+_DIVISOR = Hyperparameter(
+    "divisor",
+    "divide by how many tasks carry the sign (count), by the sum of their weights (weight), or not at all (none)",
+    "choice",
+    default="count",
+    choices=("count", "weight", "none"),
+)
+_EPSILON = Hyperparameter(
+    "epsilon",
+    "by how much the largest entry of a row is kept with more probability than the smallest",
+    "number",
+    default=0.14,
+    least=0,
+    most=1,
+)
+_GAMMA = Hyperparameter(
+    "gamma", "fraction of each task's entries to drop as outliers", "number", default=0.01, least=0, below=1
+)
+_OUTLIERS_GO = {"single": "gamma drops the largest entries at a density of 1 too"}
+# Where a method looks at lengths and angles of changes.
+_WHOLE_CHANGES = ("full", "knots", "core", "ctm")
+_NO_DIRECTIONS = "it goes by singular values and directions, and those of A and of B apart are not those of the change"
+_FLATTENED = {"single": "one adapter's singular values are replaced by their mean too"}
+_NO_ANGLES = "it goes by lengths and angles, and those of A and of B apart are not those of the change"
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
@@ -164,7 +219,7 @@ METHODS: Mapping[str, Method] = {
         averages=True,
         pruning="magnitude",
         combine="jaxmerge.methods.sign_consensus:agree",
-        hyperparameters=(_DENSITY, _MAJORITY),
+        hyperparameters=(_DENSITY, _MAJORITY, _ELECTION, _DIVISOR),
     ),
     "dare_linear": Method(
         summary="drop entries at random, rescale the rest, weighted sum",
@@ -192,6 +247,268 @@ METHODS: Mapping[str, Method] = {
         pruning="magnitude",
         combine="jaxmerge.methods.arithmetic:sum_weighted",
         hyperparameters=(_DENSITY,),
+    ),
+    "della": Method(
+        summary="drop entries at random by rank, rescale, average those that carry the elected sign",
+        paper="DELLA, arXiv:2406.11617",
+        function="jaxmerge.methods.della:della",
+        averages=True,
+        random=True,
+        hyperparameters=(_DENSITY, _EPSILON, _MAJORITY, _ELECTION, _DIVISOR),
+    ),
+    "della_linear": Method(
+        summary="drop entries at random by rank, rescale, weighted sum",
+        paper="MagPrune of DELLA, arXiv:2406.11617",
+        function="jaxmerge.methods.della:della_linear",
+        random=True,
+        hyperparameters=(_DENSITY, _EPSILON),
+    ),
+    "breadcrumbs": Method(
+        summary="drop each task's outliers and small entries, weighted sum",
+        paper="Model Breadcrumbs, arXiv:2312.06795",
+        function="jaxmerge.methods.breadcrumbs:breadcrumbs",
+        breaks=_OUTLIERS_GO,
+        hyperparameters=(_DENSITY, _GAMMA),
+    ),
+    "breadcrumbs_ties": Method(
+        summary="drop each task's outliers and small entries, average those that carry the elected sign",
+        paper="Model Breadcrumbs, arXiv:2312.06795",
+        function="jaxmerge.methods.breadcrumbs:breadcrumbs_ties",
+        averages=True,
+        breaks=_OUTLIERS_GO,
+        hyperparameters=(_DENSITY, _GAMMA, _MAJORITY, _ELECTION, _DIVISOR),
+    ),
+    "sce": Method(
+        summary="keep the entries that vary most across tasks, average by the tasks' energy without minority signs",
+        paper="SCE of FuseChat, arXiv:2408.07990",
+        function="jaxmerge.methods.sce:sce",
+        averages=True,
+        breaks={"zeros": "zeros count in the variance by which entries are selected"},
+        hyperparameters=(replace(_DENSITY, default=0.1),),
+    ),
+    "pcb": Method(
+        summary="drop entries that lose in their task or against the others, average the rest by their score",
+        paper="PCB-Merging, arXiv:2410.02396",
+        function="jaxmerge.methods.competition:pcb",
+        averages=True,
+        breaks={
+            "homogeneity": "scores go by the hyperbolic tangent of products of entries, which levels off near 1",
+            "zeros": "scores are sharper the more tasks there are",
+        },
+        hyperparameters=(replace(_DENSITY, default=0.2),),
+    ),
+    "consensus": Method(
+        summary="weighted sum of the entries that several tasks use",
+        paper="Consensus merging with TALL masks, arXiv:2405.07813",
+        function="jaxmerge.methods.masks:consensus",
+        hyperparameters=(
+            Hyperparameter(
+                "threshold",
+                "how far from a task the sum may be where the task uses it: more is stricter",
+                "number",
+                default=0.4,
+                least=0,
+            ),
+            Hyperparameter("agreeing", "how many tasks must use an entry", "count", default=2, least=1),
+        ),
+    ),
+    "nearswap": Method(
+        summary="move the first adapter's entries towards the second's, by no more than t",
+        paper="nearswap in mergekit, https://github.com/arcee-ai/mergekit",
+        function="jaxmerge.methods.nearswap:nearswap",
+        averages=True,
+        spaces=("full",),
+        elsewhere="t is a distance between entries of the weight change",
+        least=2,
+        most=2,
+        breaks={
+            "homogeneity": "t does not grow with the scale",
+            "zeros": "zeros as the second adapter draw the first towards 0",
+            "order": "the first adapter is the one that moves",
+        },
+        hyperparameters=(Hyperparameter("t", "how far an entry may move", "number", default=1e-4, least=0),),
+    ),
+    "norm_equalized": Method(
+        summary="scale all deltas to their mean length, weighted sum",
+        paper="Compress-then-Merge with β = 0, arXiv:2606.03723",
+        function="jaxmerge.methods.gram:norm_equalized",
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+    ),
+    "slerp": Method(
+        summary="interpolate two deltas along the sphere, in proportion to the weights",
+        paper="SLERP in mergekit, https://github.com/arcee-ai/mergekit",
+        function="jaxmerge.methods.gram:slerp",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+        least=2,
+        most=2,
+        breaks={"zeros": "zeros count as at a right angle to the other adapter, and have their share of the way"},
+    ),
+    "nuslerp": Method(
+        summary="slerp, also between deltas that are nearly opposite",
+        paper="NuSLERP in mergekit, https://github.com/arcee-ai/mergekit",
+        function="jaxmerge.methods.gram:nuslerp",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+        least=2,
+        most=2,
+        breaks={"zeros": "zeros count as at a right angle to the other adapter, and have their share of the way"},
+    ),
+    "multislerp": Method(
+        summary="weighted mean of the deltas' directions, with their mean length",
+        paper="Multi-SLERP in mergekit, https://github.com/arcee-ai/mergekit",
+        function="jaxmerge.methods.gram:multislerp",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+        breaks={"zeros": "zeros have no direction, but their length counts in the mean length"},
+    ),
+    "karcher": Method(
+        summary="Riemannian mean of the deltas' directions on the sphere, with their mean length",
+        paper="Karcher mean, arXiv:2603.04972",
+        function="jaxmerge.methods.gram:karcher",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+        breaks={"zeros": "zeros have no direction, but their length counts in the mean length"},
+        hyperparameters=(
+            Hyperparameter("max_iter", "iterations at most", "count", default=10, least=1),
+            Hyperparameter("tol", "length of a step, in radians, at which it stops", "number", default=1e-5, least=0),
+        ),
+    ),
+    "model_stock": Method(
+        summary="weighted mean of the deltas, shorter the more they disagree",
+        paper="Model Stock, arXiv:2403.19522",
+        function="jaxmerge.methods.gram:model_stock",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_ANGLES,
+        breaks={"zeros": "zeros have their share of the mean, and agree with nothing"},
+    ),
+    "tsv": Method(
+        summary="the adapters' singular directions, made orthogonal to each other",
+        paper="TSV-M, arXiv:2412.00081",
+        function="jaxmerge.methods.orthogonal:tsv",
+        averages=True,
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+    ),
+    "iso_c": Method(
+        summary="the sum, with all singular values equal to their mean",
+        paper="Iso-C, arXiv:2502.04959",
+        function="jaxmerge.methods.singular_values:iso_c",
+        averages=True,
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+        breaks=_FLATTENED,
+    ),
+    "iso_cts": Method(
+        summary="directions of the sum and of each adapter beside it, orthogonal, all of one size",
+        paper="Iso-CTS, arXiv:2502.04959",
+        function="jaxmerge.methods.orthogonal:iso_cts",
+        averages=True,
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+        breaks=_FLATTENED,
+        hyperparameters=(
+            Hyperparameter(
+                "common_share", "fraction of the rank for the sum's directions", "number", default=0.8, least=0, most=1
+            ),
+        ),
+    ),
+    "cart": Method(
+        summary="the mean, and the leading directions of what each adapter has beside it",
+        paper="CART, arXiv:2412.12153",
+        function="jaxmerge.methods.singular_values:cart",
+        averages=True,
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+        hyperparameters=(
+            Hyperparameter(
+                "rank_share",
+                "fraction of the rank that is kept of what each adapter has beside the mean",
+                "number",
+                default=0.08,
+                least=0,
+                most=1,
+            ),
+            Hyperparameter("strength", "of what is added to the mean", "number", default=1.0),
+        ),
+    ),
+    "star": Method(
+        summary="cut each adapter to its leading directions, restore its nuclear norm, weighted sum",
+        paper="STAR, arXiv:2502.10339",
+        function="jaxmerge.methods.singular_values:star",
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+        breaks={"single": "each adapter is cut and rescaled before the sum, one alone too"},
+        hyperparameters=(
+            Hyperparameter(
+                "eta", "fraction of each adapter's nuclear norm to keep", "number", default=0.4, above=0, most=1
+            ),
+        ),
+    ),
+    "subspace_boosting": Method(
+        summary="weighted sum, with small singular values raised",
+        paper="Subspace Boosting, arXiv:2506.16506",
+        function="jaxmerge.methods.singular_values:subspace_boosting",
+        equivariant=True,
+        ranked=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere=_NO_DIRECTIONS,
+        breaks={"single": "small singular values are raised in one adapter too"},
+        hyperparameters=(
+            Hyperparameter(
+                "beta",
+                "singular values are raised to the one at which they add up to this fraction of all",
+                "number",
+                default=0.01,
+                least=0,
+                most=1,
+            ),
+        ),
+    ),
+    "pico": Method(
+        summary="sum with crowded output directions damped, at the adapters' mean norm",
+        paper="Pico, arXiv:2604.16826",
+        function="jaxmerge.methods.interference:pico",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere="it goes by the output directions of the weight change, and A has none",
+    ),
+    "swudi": Method(
+        summary="the sum, moved to where it interferes least with each adapter's own inputs",
+        paper="SWUDI, arXiv:2606.07289",
+        function="jaxmerge.methods.interference:swudi",
+        averages=True,
+        equivariant=True,
+        spaces=_WHOLE_CHANGES,
+        elsewhere="it goes by how the weight change answers inputs, and B sees none",
+        hyperparameters=(
+            Hyperparameter(
+                "tau", "for how long the sum is moved; a hundred is nearly to the end", "number", default=100.0, above=0
+            ),
+        ),
     ),
 }
 
@@ -221,6 +538,52 @@ COMBINATION_TYPES: Mapping[str, CombinationType] = {
     "dare_ties_svd": CombinationType("dare_ties", "full", "max"),
     "magnitude_prune": CombinationType("magnitude_prune", "factors", "equal"),
     "magnitude_prune_svd": CombinationType("magnitude_prune", "full", "max"),
+}
+
+# In the order in which they are told; a merge may go through any of them in any order.
+STAGES: Mapping[str, Stage] = {
+    "isotropize": Stage(
+        summary="replace a module's singular values by their mean",
+        paper="Iso-C, arXiv:2502.04959",
+        function="jaxmerge.stages:isotropize",
+    ),
+    "calibrate": Stage(
+        summary="take out of each singular value how often adapters were counted in it",
+        paper="Singular Value Calibration, arXiv:2602.05536",
+        function="jaxmerge.stages:calibrate",
+        hyperparameters=(
+            Hyperparameter("floor", "the least that an adapter counts in a direction", "number", default=0.1, above=0),
+        ),
+    ),
+    "norm_restore": Stage(
+        summary="scale to the adapters' mean norm",
+        paper="Pico, arXiv:2604.16826",
+        function="jaxmerge.stages:norm_restore",
+        hyperparameters=(
+            Hyperparameter(
+                "scope",
+                "one factor for each module, or one for the whole model",
+                "choice",
+                default="module",
+                choices=("module", "whole"),
+            ),
+        ),
+    ),
+    "lines": Stage(
+        summary="scale by depth: alpha at the first layer, alpha + beta at the last",
+        paper="LiNeS, arXiv:2410.17146",
+        function="jaxmerge.stages:lines_factors",
+        hyperparameters=(
+            Hyperparameter("alpha", "factor at the first layer", "number", default=1.0),
+            Hyperparameter("beta", "what is added to it at the last layer", "number", default=1.0),
+        ),
+    ),
+    "scale": Stage(
+        summary="multiply by a number",
+        paper="Task arithmetic, arXiv:2212.04089",
+        function="jaxmerge.stages:scale",
+        hyperparameters=(Hyperparameter("factor", "what to multiply by", "number"),),
+    ),
 }
 
 # What adapters can be written as, whatever they came as.
