@@ -1,5 +1,8 @@
 """A sweep gives what merges one by one give, and its scores are what they say."""
 
+import dataclasses
+import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge.cli import main
+from jaxmerge.merging.stacks import Bucket, Inputs, Program, _merge_module, _Pace, bind_numbers
 from tests.helpers import compilations, delta64, relative_error
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -147,3 +151,27 @@ def test_the_command_tells_what_is_wrong(capsys, tmp_path):
     assert ".png" in capsys.readouterr().err
     assert main(["sweep", *sources, "--weights", "1"]) == 1
     assert "1 weights for 2 adapters" in capsys.readouterr().err
+
+
+def test_settings_at_a_time_are_settings_in_turn():
+    sources = adapters()
+    grid = {"density": [0.2, 0.4, 0.7], "weights": [[1, 1, 1], [1, 0.5, -0.3]]}
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    program = Program("ties", "factors", (("majority_sign_method", "total"),), sweeps=True)
+    bucket = Bucket((24, 32), (4, 4, 4), (), ("float32",) * 6, 4, "float32")
+    loras = [source.modules["q"] for source in sources]
+    one = Inputs(
+        a=tuple(jnp.asarray(lora.a) for lora in loras),
+        b=tuple(jnp.asarray(lora.b) for lora in loras),
+        scales=jnp.full(3, 0.5),
+        weights=jnp.asarray([setting["weights"] for setting in settings], jnp.float32),
+    )
+    for space in ("factors", "full"):
+        program = dataclasses.replace(program, space=space)
+        numbers = bind_numbers(program, bucket, [{"density": setting["density"]} for setting in settings])
+        in_turn, together = (
+            jax.jit(functools.partial(_merge_module, program, bucket, pace=_Pace(100, count)))(one, numbers)
+            for count in (1, 4)
+        )
+        delta, other = (lifted.b @ lifted.a for lifted in (in_turn, together))
+        np.testing.assert_allclose(delta, other, rtol=1e-5, atol=1e-5)

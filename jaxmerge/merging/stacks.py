@@ -36,6 +36,7 @@ class Program:
         mesh: What modules are spread over.
         by_rows: Whether the rows of each module's delta are spread over it instead.
         at_once: How many modules an accelerator works on at the same time.
+        settings_at_once: With how many settings it merges each of them at the same time.
         sweeps: Whether results keep the axis of settings, of which there is one otherwise.
     """
 
@@ -45,6 +46,7 @@ class Program:
     mesh: Mesh | None = None
     by_rows: bool = False
     at_once: int = 1
+    settings_at_once: int = 1
     sweeps: bool = False
 
     @property
@@ -232,18 +234,18 @@ def merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbe
 
 
 def _merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:
-    def merge_one(one: Inputs, block: int) -> spaces.Lifted:
-        lifted = _merge_module(program, bucket, one, numbers, block)
+    def merge_one(one: Inputs, pace: _Pace) -> spaces.Lifted:
+        lifted = _merge_module(program, bucket, one, numbers, pace)
         dtype = jnp.dtype(bucket.dtype)
         return lifted._replace(a=round_to(lifted.a, dtype), b=round_to(lifted.b, dtype))
 
     def merge_each(stack: Inputs) -> spaces.Lifted:
         # On a CPU one module after another: two batched QRs and an SVD in one program never return on
         # jaxlib 0.10.2 with two cores, and the loop costs nothing. Elsewhere, as many at once as fit.
-        on_cpu = functools.partial(jax.lax.map, functools.partial(merge_one, block=dense.CPU_BLOCK))
+        on_cpu = functools.partial(jax.lax.map, functools.partial(merge_one, pace=_Pace(dense.CPU_BLOCK, 1)))
         if set(backends()) == {"cpu"}:
             return on_cpu(stack)
-        elsewhere = functools.partial(merge_one, block=dense.DEFAULT_BLOCK)
+        elsewhere = functools.partial(merge_one, pace=_Pace(dense.DEFAULT_BLOCK, program.settings_at_once))
         return jax.lax.platform_dependent(
             stack,
             cpu=on_cpu,
@@ -265,6 +267,13 @@ def _merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numb
     return spaces.Lifted(unflatten(lifted.a), unflatten(lifted.b), energy)
 
 
+class _Pace(NamedTuple):
+    """How much is worked on at a time: entries of a dense delta, and settings."""
+
+    block: int
+    settings: int
+
+
 class _Setting(NamedTuple):
     """What a module is merged with: of S settings, or of one of them."""
 
@@ -273,7 +282,7 @@ class _Setting(NamedTuple):
     numbers: Numbers
 
 
-def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Numbers, block: int) -> spaces.Lifted:
+def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Numbers, pace: _Pace) -> spaces.Lifted:
     """``lift ∘ method ∘ project`` for one unbatched module, `Inputs` without the axis L, with S settings.
 
     What all settings share is done once.
@@ -283,9 +292,9 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
         numbers = [_with_cut(bound, cut) for bound, cut in zip(numbers, one.cuts, strict=True)]
     settings = _Setting(one.weights, one.keys, numbers)
     if program.stacks(bucket.ranks, bucket.rank):
-        return _each(lambda setting: spaces.stack(factors, setting.weights), settings)
+        return _each(lambda setting: spaces.stack(factors, setting.weights), settings, pace.settings)
     if program.in_blocks:
-        return _merge_in_blocks(program, bucket, factors, settings, block)
+        return _merge_in_blocks(program, bucket, factors, settings, pace)
     method, form = program.row.load(), program.form
     sets, frame = form.project(factors)
 
@@ -298,18 +307,18 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
             merged.append(method(tasks, own, **bound, **dict(program.choices), **key, **ranks))
         return form.lift(merged, frame, bucket.rank)
 
-    return _each(merge, settings)
+    return _each(merge, settings, pace.settings)
 
 
 def _merge_in_blocks(
-    program: Program, bucket: Bucket, factors: spaces.Factors, settings: _Setting, block: int
+    program: Program, bucket: Bucket, factors: spaces.Factors, settings: _Setting, pace: _Pace
 ) -> spaces.Lifted:
     """The same where the tasks are dense deltas and the method prunes and combines, without forming them whole."""
     row, n, widest = program.row, len(bucket.ranks), max(bucket.ranks)
     axes, shards = (program.mesh.axis_names, program.mesh.size) if program.by_rows and program.mesh else ((), 1)
     a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
     b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
-    passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, block, axes, shards))
+    passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, pace.block, axes, shards))
     if row.pruning == "magnitude":
         (bound,) = settings.numbers
         # One search for all settings: their thresholds are compared with each block while it is there.
@@ -326,13 +335,13 @@ def _merge_in_blocks(
         u, s, vt, energy = truncated_svd(dense.merge_entries(passes, setting.weights, pruning, combine), bucket.rank)
         return spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy)
 
-    return _each(merge, settings)
+    return _each(merge, settings, pace.settings)
 
 
-def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting) -> spaces.Lifted:
-    """Merges with one setting after another; one alone needs no loop."""
+def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting, at_once: int) -> spaces.Lifted:
+    """Merges with some settings at a time, in turn; one alone needs no loop."""
     if settings.weights.shape[0] > 1:
-        return jax.lax.map(merge, settings)
+        return jax.lax.map(merge, settings, batch_size=at_once if at_once > 1 else None)
     return jax.tree.map(lambda x: jnp.asarray(x)[None], merge(jax.tree.map(lambda x: x[0], settings)))
 
 

@@ -88,8 +88,10 @@ class Plan:
             few = 2 * len(paths) * math.prod(bucket.batch) <= devices
             if few and program.in_blocks and dense.is_large(bucket.features):
                 program, devices = dataclasses.replace(program, by_rows=True), 1
-            at_once = max(1, self.memory // (program.need(bucket) * math.prod(bucket.batch)))
-            program = dataclasses.replace(program, at_once=at_once)
+            fitting_merges = max(1, self.memory // (program.need(bucket) * math.prod(bucket.batch)))
+            settings_at_once = min(len(self.settings), fitting_merges)
+            at_once = fitting_merges // settings_at_once
+            program = dataclasses.replace(program, at_once=at_once, settings_at_once=settings_at_once)
             parts = math.ceil(len(paths) / (at_once * devices))
             size = math.ceil(len(paths) / parts)
             padded = math.ceil(size / devices) * devices
