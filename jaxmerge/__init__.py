@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxmerge.base import Adapter, Energy, LoRA, Metadata, delta, energy_kept
     from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
+    from jaxmerge.comparison import Comparison, compare
     from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
     from jaxmerge.datafree import scores
     from jaxmerge.io import from_state, from_torch, load, peek, peft_config, save, to_state, to_torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
     "jaxmerge.catalog": ("COMBINATION_TYPES", "METHODS", "SPACES"),
+    "jaxmerge.comparison": ("Comparison", "compare"),
     "jaxmerge.consensus": ("calculate_majority_sign_mask", "disjoint_merge"),
     "jaxmerge.io": ("from_state", "from_torch", "load", "peek", "peft_config", "save", "to_state", "to_torch"),
     "jaxmerge.merging": ("lower", "merge"),
@@ -37,11 +39,13 @@ __all__ = [
     "METHODS",
     "SPACES",
     "Adapter",
+    "Comparison",
     "Energy",
     "LoRA",
     "Metadata",
     "Sweep",
     "calculate_majority_sign_mask",
+    "compare",
     "dare_linear",
     "dare_ties",
     "delta",

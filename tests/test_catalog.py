@@ -25,6 +25,7 @@ FLOORS = {
     "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
     "methods": 4, "stages": 4,
     "merging": 5,
+    "comparison": 6,
     "sweeps": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip

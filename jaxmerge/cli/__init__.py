@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SCORES, SPACES, TREES, Hyperparameter
 from jaxmerge.layouts import LAYOUTS
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sweep(commands.add_parser("sweep", help="score many settings of a merge, without data", description=_SWEEP))
     inspect = commands.add_parser("inspect", help="say what is in adapters", description=_INSPECT)
     inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
+    _add_compare(commands.add_parser("compare", help="say how adapters interfere", description=_COMPARE))
     _add_convert(commands.add_parser("convert", help="write an adapter in another format", description=_CONVERT))
     methods = commands.add_parser("methods", help="list methods, spaces and PEFT's combination types")
     _add_reading(inspect)
@@ -92,6 +94,10 @@ _CONVERT = (
     "jaxmerge convert my-adapter for-tunix --format tunix --layout llama3 --head-dim 128"
 )
 _INSPECT = "Say what is in adapters: modules, ranks, scales, dtypes, norms; what cannot be merged, and why."
+_COMPARE = (
+    "Say how adapters interfere, from their factors alone and in seconds: cosines, norms, overlap of subspaces, signs "
+    "that differ, the energy of their sum by rank; and what that says about how to merge them."
+)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -145,10 +151,29 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    _add_adapters(parser, _AtLeastTwo)
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the sum, one per adapter (equal)")
+    parser.add_argument("--allow-different-bases", action="store_true", help="compare across base models")
+    _add_reading(parser)
+    _add_json(parser)
+
+
+class _AtLeastTwo(argparse.Action):
+    """Refuses fewer than two values."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if len(values) < 2:
+            raise argparse.ArgumentError(self, "at least two adapters are compared")
+        setattr(namespace, self.dest, values)
+
+
+def _add_adapters(parser: argparse.ArgumentParser, action: Any = "store") -> None:
     # Weights may be negative and in scientific notation, which argparse takes for options.
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folders, in order")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", action=action, help="adapter folders, in order")
 
 
 def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

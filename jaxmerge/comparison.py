@@ -1,0 +1,340 @@
+"""`compare`: how adapters interfere, module by module and in total, before anything is merged."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxmerge import lapack, metrics, threads
+from jaxmerge.base import Adapter, LoRA
+from jaxmerge.io import combine_metadata
+from jaxmerge.memory import release
+from jaxmerge.merging.checks import (
+    Weights,
+    adapter_name,
+    all_paths,
+    base_problems,
+    checked_weights,
+    raise_problems,
+    shape_problems,
+    value_problems,
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two adapters, in one module or over all that both have. None stands for what is not defined.
+
+    Attributes:
+        adapters: Their positions in the list, from 0.
+        cosine: Between the weight changes, in [-1, 1]; None where one is 0. In total, over all modules together, those
+            that only one of them has included.
+        left_overlap: Of the column spaces of B, in [0, 1]: the mean squared principal cosine, over as many directions
+            as the smaller space has; None where one is 0. In total, the mean over the matrices.
+        right_overlap: The same of the row spaces of A.
+        left_chance: What `left_overlap` would be for random spaces of these dimensions.
+        right_chance: What `right_overlap` would be.
+        shared_a: The median principal cosine between the row spaces of A: near 1 where training started from one
+            initialisation, or A is shared. In total, the median over all matrices' cosines.
+        audit: What that says: ``"collapsed"`` above 0.9, ``"separate"`` below 0.5, else ``"between"``. Means little
+            where the ranks are not small beside the features.
+        sign_conflict: The fraction of entries in which the weight changes have opposite signs; 0.5 for unrelated ones.
+        sign_error: The standard error of `sign_conflict`, which is an estimate (see `metrics.sign_conflicts`).
+    """
+
+    adapters: tuple[int, int]
+    cosine: float | None
+    left_overlap: float | None
+    right_overlap: float | None
+    left_chance: float | None
+    right_chance: float | None
+    shared_a: float | None
+    audit: Literal["collapsed", "between", "separate"] | None
+    sign_conflict: float | None
+    sign_error: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A module, or all modules together.
+
+    Attributes:
+        features: ``(out, in)``; None for all modules together.
+        count: How many matrices it is: 1, or the layers of a scan, or those of all modules.
+        sources: The positions of the adapters that have it, from 0.
+        ranks: Theirs; over all modules, the largest.
+        norms: Frobenius norms of their weight changes.
+        norm_ratio: The largest over the smallest of these; None where the smallest is 0.
+        effective_ranks: Participation ratios ``(Σσ²)² / Σσ⁴`` of their singular values σ, the mean over the matrices
+            that are not 0; 0 where all are.
+        pairs: Every two of the sources.
+        sign_conflict: The fraction of entries in which any two of the sources have opposite signs; None where no matrix
+            has two sources. Of k unrelated ones, 1 - 2^(1 - k).
+        sign_error: The standard error of `sign_conflict`.
+        sum_norm: Frobenius norm of the weighted sum.
+        sum_effective_rank: Of the weighted sum, as in `effective_ranks`.
+        sum_energy_ratio: ‖Σ wᵢΔᵢ‖² / Σ‖wᵢΔᵢ‖²: 1 where the changes are orthogonal, less where they cancel, more where
+            they add up; None where the denominator is 0.
+        energy_by_rank: The fraction of the weighted sum's energy that its best approximation of rank 1, 2, ... keeps,
+            up to the exact rank.
+    """
+
+    features: tuple[int, int] | None
+    count: int
+    sources: tuple[int, ...]
+    ranks: tuple[int, ...]
+    norms: tuple[float, ...]
+    norm_ratio: float | None
+    effective_ranks: tuple[float, ...]
+    pairs: tuple[Pair, ...]
+    sign_conflict: float | None
+    sign_error: float | None
+    sum_norm: float
+    sum_effective_rank: float
+    sum_energy_ratio: float | None
+    energy_by_rank: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How adapters interfere.
+
+    Attributes:
+        adapters: What messages call them.
+        weights: Of the weighted sum.
+        total: All modules together.
+        modules: Module path -> the module.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    total: Record
+    modules: Mapping[str, Record]
+
+    def to_json(self) -> dict[str, Any]:
+        """The records as plain lists, dictionaries and numbers; adapters count from 1 there, as in reports."""
+        return {
+            "adapters": list(self.adapters),
+            "weights": list(self.weights),
+            "total": _plain(self.total),
+            "modules": {path: _plain(record) for path, record in self.modules.items()},
+        }
+
+
+def compare(adapters: Sequence[Adapter], weights: Weights = None, *, allow_different_bases: bool = False) -> Comparison:
+    """Measures how adapters interfere, from their factors: no weight change is formed.
+
+    Everything but the weighted sum is independent of the weights, and all of it of how a change is split between its
+    factors: ``(B, A)`` and ``(B G, G⁻¹ A)`` give the same numbers.
+
+    Args:
+        adapters: At least two, of concrete arrays. A module that only some of them have is compared between those.
+        weights: One number per adapter, of any sign, for the weighted sum. None: 1/n each.
+        allow_different_bases: Compares even if the adapters name different base models.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If there are fewer than two adapters, or they do not fit each other; it names every culprit.
+    """
+    adapters = list(adapters)
+    if len(adapters) < 2:
+        raise ValueError(f"at least two adapters are compared, got {len(adapters)}")
+    problems = comparison_problems(adapters, allow_different_bases)
+    numbers = checked_weights(weights, len(adapters), False, problems)
+    raise_problems(problems)
+    raise_problems(value_problems(adapters))
+    numbers = tuple(float(np.asarray(number)) for number in numbers)
+    # JAX is called here, not in the threads.
+    modules = {
+        path: {i: _on_host(adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules}
+        for path in all_paths(adapters)
+    }
+    with lapack.single_threaded():
+        measured = threads.each(lambda item: _measure(*item, numbers), modules.items())
+    records = {
+        path: _record(
+            matrices, numbers, {i: lora.rank for i, lora in loras.items()}, next(iter(loras.values())).features
+        )
+        for (path, loras), matrices in zip(modules.items(), measured, strict=True)
+    }
+    ranks = {i: max(lora.rank for lora in adapter.modules.values()) for i, adapter in enumerate(adapters)}
+    total = _record([matrix for matrices in measured for matrix in matrices], numbers, ranks, None)
+    return Comparison(tuple(adapter_name(adapters, i) for i in range(len(adapters))), numbers, total, records)
+
+
+def comparison_problems(adapters: Sequence[Adapter], allow_different_bases: bool = False) -> list[str]:
+    """Why adapters cannot be compared, as far as shapes and metadata tell, a line each."""
+    problems = shape_problems(adapters) + base_problems(adapters, allow_different_bases)
+    # Each format has names of its own for the same modules.
+    if len({adapter.metadata.format for adapter in adapters}) > 1:
+        problems += combine_metadata(adapters)[1]
+    return problems
+
+
+class _Between(NamedTuple):
+    """What is measured of two adapters in one matrix: principal cosines, what chance makes of them, opposite signs."""
+
+    left: np.ndarray
+    left_chance: float
+    right: np.ndarray
+    right_chance: float
+    conflict: float
+
+
+class _Matrix(NamedTuple):
+    """What is measured of one matrix: a module, or one layer of a scan."""
+
+    sources: tuple[int, ...]
+    entries: int
+    gram: np.ndarray
+    spectra: Mapping[int, np.ndarray]
+    sum_spectrum: np.ndarray
+    pairs: Mapping[tuple[int, int], _Between]
+    signs: metrics.Signs
+
+
+def _on_host(lora: LoRA) -> LoRA:
+    return LoRA(np.asarray(lora.a), np.asarray(lora.b), float(np.asarray(lora.scale)))
+
+
+def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[float]) -> list[_Matrix]:
+    first = next(iter(loras.values()))
+    matrices = []
+    for number, index in enumerate(np.ndindex(first.batch)):
+        stacked = metrics.stack(
+            [np.asarray(lora.a)[index] for lora in loras.values()],
+            [np.asarray(lora.b)[index] for lora in loras.values()],
+            [float(lora.scale) for lora in loras.values()],
+        )
+        # A seed for every matrix, so that errors are independent and the order of modules does not matter.
+        seed = zlib.crc32(f"{path} {number}".encode())
+        matrices.append(_measure_matrix(stacked, tuple(loras), [weights[i] for i in loras], seed))
+    for lora in loras.values():
+        release(lora.a)
+        release(lora.b)
+    return matrices
+
+
+def _measure_matrix(stacked: metrics.Stack, sources: tuple[int, ...], weights: Sequence[float], seed: int) -> _Matrix:
+    a, b = stacked.a, stacked.b
+    gram_a, gram_b = a @ a.T, b @ b.T
+    left, right = (metrics.subspaces(gram, stacked.blocks, x.shape[1]) for gram, x in ((gram_b, b), (gram_a, a)))
+    signs = metrics.sign_conflicts(stacked, seed)
+    betweens = map(_Between, left.cosines, left.chance, right.cosines, right.chance, signs.pairs)
+    pairs = [(sources[i], sources[j]) for i, j in metrics.pairs(len(sources))]
+    blocks = dict(zip(sources, stacked.blocks, strict=True))
+    return _Matrix(
+        sources,
+        a.shape[1] * b.shape[1],
+        np.add.reduceat(np.add.reduceat(gram_a * gram_b, stacked.starts, axis=0), stacked.starts, axis=1),
+        {i: metrics.squared_singular_values(gram_a[at, at], gram_b[at, at]) for i, at in blocks.items()},
+        _sum_spectrum(stacked, gram_a, gram_b, weights),
+        dict(zip(pairs, betweens, strict=True)),
+        signs,
+    )
+
+
+def _sum_spectrum(
+    stacked: metrics.Stack, gram_a: np.ndarray, gram_b: np.ndarray, weights: Sequence[float]
+) -> np.ndarray:
+    """The squared singular values of the weighted sum, up to its exact rank."""
+    weight = np.repeat(weights, [block.stop - block.start for block in stacked.blocks])
+    gram_b = weight[:, None] * gram_b * weight
+    spectrum = metrics.squared_singular_values(gram_a, gram_b)
+    # What rounding leaves of changes that cancel is no energy.
+    rounding = 1e-14 * float(gram_a.diagonal() @ gram_b.diagonal())
+    exact = min(len(gram_a), stacked.a.shape[1], stacked.b.shape[1])
+    return np.where(spectrum > rounding, spectrum, 0)[:exact]
+
+
+def _record(
+    matrices: Sequence[_Matrix], weights: Sequence[float], ranks: Mapping[int, int], features: tuple[int, int] | None
+) -> Record:
+    """Sums up matrices: those of a module, or all."""
+    sources = tuple(ranks)
+    gram = np.zeros((len(weights), len(weights)))
+    summed = np.zeros(max(len(matrix.sum_spectrum) for matrix in matrices))
+    for matrix in matrices:
+        gram[np.ix_(matrix.sources, matrix.sources)] += matrix.gram
+        summed[: len(matrix.sum_spectrum)] += matrix.sum_spectrum
+    norms = np.sqrt(np.maximum(gram.diagonal(), 0))
+    apart, together = float(np.sum((np.asarray(weights) * norms) ** 2)), float(summed.sum())
+    conflict, error = _rate([(m.entries, m.signs.overall, m.signs.drawn) for m in matrices if len(m.sources) > 1])
+    smallest, largest = min(norms[i] for i in sources), max(norms[i] for i in sources)
+    return Record(
+        features=features,
+        count=len(matrices),
+        sources=sources,
+        ranks=tuple(ranks.values()),
+        norms=tuple(float(norms[i]) for i in sources),
+        norm_ratio=float(largest / smallest) if smallest > 0 else None,
+        effective_ranks=tuple(
+            _mean_effective_rank([m.spectra[i] for m in matrices if i in m.spectra]) for i in sources
+        ),
+        pairs=tuple(_pair(matrices, gram, (sources[i], sources[j])) for i, j in metrics.pairs(len(sources))),
+        sign_conflict=conflict,
+        sign_error=error,
+        sum_norm=float(np.sqrt(together)),
+        sum_effective_rank=_mean_effective_rank([matrix.sum_spectrum for matrix in matrices]),
+        sum_energy_ratio=together / apart if apart > 0 else None,
+        energy_by_rank=tuple(metrics.energy_at_rank({"": summed}, rank) for rank in range(1, len(summed) + 1)),
+    )
+
+
+def _pair(matrices: Sequence[_Matrix], gram: np.ndarray, pair: tuple[int, int]) -> Pair:
+    both = [(matrix, matrix.pairs[pair]) for matrix in matrices if pair in matrix.pairs]
+    left = [between for _, between in both if between.left.size]
+    right = [between for _, between in both if between.right.size]
+    conflict, error = _rate([(matrix.entries, between.conflict, matrix.signs.drawn) for matrix, between in both])
+    shared = float(np.median(np.concatenate([between.right for between in right]))) if right else None
+    i, j = pair
+    length = np.sqrt(np.maximum(gram[i, i], 0)) * np.sqrt(np.maximum(gram[j, j], 0))
+    return Pair(
+        adapters=pair,
+        cosine=float(np.clip(gram[i, j] / length, -1, 1)) if length > 0 else None,
+        left_overlap=_mean([float(np.mean(between.left**2)) for between in left]),
+        right_overlap=_mean([float(np.mean(between.right**2)) for between in right]),
+        left_chance=_mean([between.left_chance for between in left]),
+        right_chance=_mean([between.right_chance for between in right]),
+        shared_a=shared,
+        audit=None if shared is None else "collapsed" if shared > 0.9 else "separate" if shared < 0.5 else "between",
+        sign_conflict=conflict,
+        sign_error=error,
+    )
+
+
+def _rate(rates: Sequence[tuple[int, float, int]]) -> tuple[float, float] | tuple[None, None]:
+    """A rate over all entries of several matrices and its standard error.
+
+    Args:
+        rates: The entries of a matrix, its rate, and how many entries were drawn, 0 for all.
+    """
+    entries = sum(size for size, _, _ in rates)
+    if not entries:
+        return None, None
+    rate = sum(size * rate for size, rate, _ in rates) / entries
+    variance = sum((size / entries) ** 2 * rate * (1 - rate) / drawn for size, rate, drawn in rates if drawn)
+    return rate, float(np.sqrt(variance))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _mean_effective_rank(spectra: Sequence[np.ndarray]) -> float:
+    """Over the matrices that are not 0."""
+    return _mean([rank for spectrum in spectra if (rank := metrics.effective_rank(spectrum)) > 0]) or 0.0
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """A record as JSON holds it, its adapters counted from 1."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(record).items()}
+    return plain | {
+        "sources": [i + 1 for i in record.sources],
+        "pairs": [dataclasses.asdict(pair) | {"adapters": [i + 1 for i in pair.adapters]} for pair in record.pairs],
+    }
