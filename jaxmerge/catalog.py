@@ -65,6 +65,8 @@ class Method:
         pruning: ``"magnitude"`` or ``"random"`` where it prunes each task so and then combines them entry by entry.
             Dense deltas are then merged a few rows at a time.
         combine: ``module:name`` of that function ``(tasks [n, ...], weights [n], **choices) -> [...]``.
+        on_units: Whether its tasks are rank-one units ``[n, r, in + out]``, a row of A beside its column of B; it takes
+            ``rank``, that of the result, static under jit.
         ranked: Whether it takes ``ranks``, those of the n tasks, static under jit.
         spaces: The names in `SPACES` in which it makes sense.
         elsewhere: Why it makes none in the others, in a line.
@@ -87,6 +89,7 @@ class Method:
     random: bool = False
     pruning: Literal["", "magnitude", "random"] = ""
     combine: str = ""
+    on_units: bool = False
     ranked: bool = False
     spaces: tuple[str, ...] = ("full", "factors", "knots", "core", "ctm")
     elsewhere: str = ""
@@ -111,18 +114,35 @@ class Space:
     Attributes:
         summary: One line.
         exact: What is exact in it and what is not, in one line.
+        paper: Where it comes from.
         attribute: ``module:name`` of the `jaxmerge.spaces.Space`.
         rotated: The same space for methods that commute with rotations, where it has such a form.
+        units: The same for methods of rank-one units, where it has such a form.
+        breaks: As `Method.breaks`: what no method keeps in it.
+        hyperparameters: What it takes itself.
     """
 
     summary: str
     exact: str
+    paper: str
     attribute: str
     rotated: str = ""
+    units: str = ""
+    breaks: Mapping[str, str] = field(default_factory=dict)
+    hyperparameters: tuple[Hyperparameter, ...] = ()
 
     def load(self, method: Method) -> Any:
         """Imports the form of the space that the method works in."""
-        return _imported(self.rotated if self.rotated and method.equivariant else self.attribute)
+        return _imported(self._form(method))
+
+    def taken(self, method: Method) -> tuple[Hyperparameter, ...]:
+        """The hyperparameters that matter to a method: one that is the same in any basis sees nothing of them."""
+        return self.hyperparameters if self._form(method) == self.attribute else ()
+
+    def _form(self, method: Method) -> str:
+        if self.rotated and method.equivariant:
+            return self.rotated
+        return self.units if self.units and method.on_units else self.attribute
 
 
 @dataclass(frozen=True)
@@ -515,14 +535,60 @@ METHODS: Mapping[str, Method] = {
 SPACES: Mapping[str, Space] = {
     "full": Space(
         summary="the weight change scale·B·A itself, as the papers have it",
-        exact="linear is exact and never forms it; other methods form it and are cut to --rank by SVD",
-        attribute="jaxmerge.spaces:FULL",
-        rotated="jaxmerge.spaces:FULL_ROTATED",
+        exact="what commutes with rotations is exact and never forms it; other methods form it and are cut to --rank",
+        paper="Task arithmetic, arXiv:2212.04089",
+        attribute="jaxmerge.spaces.plain:FULL",
+        rotated="jaxmerge.spaces.plain:FULL_ROTATED",
     ),
     "factors": Space(
         summary="A and B each on their own, as PEFT's plain combination types have it",
         exact="an approximation for more than one adapter: products Bᵢ·Aⱼ of different adapters come in",
-        attribute="jaxmerge.spaces:FACTORS",
+        paper="PEFT, add_weighted_adapter",
+        attribute="jaxmerge.spaces.plain:FACTORS",
+        units="jaxmerge.spaces.plain:UNITS",
+    ),
+    "knots": Space(
+        summary="the changes side by side along the left singular basis that they share",
+        exact="lossless, of rank R; entries are those of S·Vᵢ, so that entrywise methods differ from full on purpose",
+        paper="KnOTS, arXiv:2410.19735",
+        attribute="jaxmerge.spaces.aligned:KNOTS",
+        rotated="jaxmerge.spaces.plain:FULL_ROTATED",
+    ),
+    "core": Space(
+        summary="the R×R cores of the changes in the singular bases of all B and of all A",
+        exact="lossless, of rank R, and tiny; entrywise methods differ from full on purpose",
+        paper="Core Space, arXiv:2509.17786",
+        attribute="jaxmerge.spaces.aligned:CORE",
+        rotated="jaxmerge.spaces.plain:FULL_ROTATED",
+        hyperparameters=(
+            Hyperparameter(
+                "basis",
+                "the bases of the factors as stored, of evenly split changes, or of the changes themselves",
+                "choice",
+                default="reference",
+                choices=("reference", "balanced", "hosvd"),
+            ),
+        ),
+    ),
+    "ctm": Space(
+        summary="r×r cores in rank-r subspaces that the tasks share, so that the result has rank r",
+        exact="compresses before it merges: an approximation that keeps most of the tasks; nothing is cut after it",
+        paper="Compress-then-Merge, arXiv:2606.03723",
+        attribute="jaxmerge.spaces.compressed:CTM",
+        breaks={
+            "zeros": "the tasks are brought nearer to their mean norm",
+            "exact": "rank r holds a part of the tasks",
+        },
+        hyperparameters=(
+            Hyperparameter(
+                "own_norm",
+                "how far tasks keep their own norms: 1 wholly, 0 gives all the same",
+                "number",
+                default=0.25,
+                least=0,
+                most=1,
+            ),
+        ),
     ),
 }
 
@@ -585,6 +651,13 @@ STAGES: Mapping[str, Stage] = {
         hyperparameters=(Hyperparameter("factor", "what to multiply by", "number"),),
     ),
 }
+
+
+def all_hyperparameters() -> list[Hyperparameter]:
+    """Of all methods and spaces; where several share a name, the first one's."""
+    rows = [*METHODS.values(), *SPACES.values()]
+    return list({h.name: h for row in reversed(rows) for h in row.hyperparameters}.values())[::-1]
+
 
 # What adapters can be written as, whatever they came as.
 FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")

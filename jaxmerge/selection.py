@@ -8,7 +8,7 @@ gives the same cut in less time than two such passes.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -129,7 +129,8 @@ def _cut_row(row: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
     size = row.size
     wanted = [int(count) for count in counts if 0 < count <= size]
     brackets = [_host_bracket(np.sort(_ranked(row[:: _stride(size)])), count / size) for count in wanted]
-    above, near = [0] * len(wanted), [[] for _ in wanted]
+    above: list[Any] = [0] * len(wanted)
+    near: list[list[np.ndarray]] = [[] for _ in wanted]
     for start in range(0, size if wanted else 0, _HOST_PIECE):
         ranked = _ranked(row[start : start + _HOST_PIECE])
         for i, (low, high) in enumerate(brackets):
@@ -177,7 +178,7 @@ def _within(ranked: np.ndarray, low: Any, high: Any) -> np.ndarray:
     return np.compress((ranked >= low) & (ranked <= high), ranked)
 
 
-def _kth_greatest(ranked: np.ndarray, count: int) -> Any:
+def _kth_greatest(ranked: np.ndarray, count: Any) -> Any:
     size = ranked.size
     if size > 2 * _HOST_SAMPLE:
         low, high = _host_bracket(np.sort(ranked[:: _stride(size)]), count / size)

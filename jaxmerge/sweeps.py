@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Adapter, Array, LoRA, promote
-from jaxmerge.catalog import METHODS
+from jaxmerge.catalog import all_hyperparameters
 from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, raise_problems
 from jaxmerge.merging.plan import as_keys, plan_merge
 from jaxmerge.merging.steps import Plan, Setting
@@ -138,7 +138,7 @@ def _frozen(setting: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _check_grid(grid: Grid, fixed: Mapping[str, Any]) -> None:
     """Raises a ValueError for a grid that cannot be."""
-    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.traceable}
+    numeric = {h.name for h in all_hyperparameters() if h.traceable}
     known = {"weights", "scale", "seed", *numeric}
     problems = [f"the grid has no values for {name}" for name, values in grid.items() if len(values) == 0]
     listed = ", ".join(sorted(known))
@@ -165,7 +165,7 @@ def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixe
         given = arguments(merge)
         numbers = {name: given[name] for name in first.settings[0].numbers}
         choices = dict(first.program.choices)
-        problems += hyperparameter_problems(first.program.method, {**choices, **numbers})
+        problems += hyperparameter_problems(first.program.method, first.program.space, {**choices, **numbers})
         weights = checked_weights(given["weights"], len(adapters), row.averages, problems)
         settings.append(Setting(weights, numbers))
         keys.append(given["key"])

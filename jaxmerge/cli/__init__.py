@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmerge.catalog import COMBINATION_TYPES, FORMATS, METHODS, SCORES, SPACES, TREES, Hyperparameter
+from jaxmerge.catalog import (
+    COMBINATION_TYPES,
+    FORMATS,
+    METHODS,
+    SCORES,
+    SPACES,
+    TREES,
+    Hyperparameter,
+    all_hyperparameters,
+)
 from jaxmerge.layouts import LAYOUTS
 
 
@@ -73,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapters", nargs="+", metavar="PATH", help="adapter folders")
     _add_compare(commands.add_parser("compare", help="say how adapters interfere", description=_COMPARE))
     _add_convert(commands.add_parser("convert", help="write an adapter in another format", description=_CONVERT))
+    _add_resize(commands.add_parser("resize", help="give an adapter smaller ranks", description=_RESIZE))
     methods = commands.add_parser("methods", help="list methods, spaces and PEFT's combination types")
     _add_reading(inspect)
     for command in (inspect, methods):
@@ -92,6 +102,10 @@ _SWEEP = (
 _CONVERT = (
     "Write an adapter in another format, exactly: PEFT to and from Tunix, MaxText and others. Example: "
     "jaxmerge convert my-adapter for-tunix --format tunix --layout llama3 --head-dim 128"
+)
+_RESIZE = (
+    "Give an adapter smaller ranks: the best approximation of each module, of the rank that a rule finds for it. "
+    "Example: jaxmerge resize merged small --energy 0.95 --max-rank 32"
 )
 _INSPECT = "Say what is in adapters: modules, ranks, scales, dtypes, norms; what cannot be merged, and why."
 _COMPARE = (
@@ -196,15 +210,15 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def _hyperparameters() -> list[tuple[str, Hyperparameter, str]]:
-    """Every method's own options, with the methods that have them."""
-    rows = {h.name: h for row in METHODS.values() for h in row.hyperparameters}
+    """All options of methods and spaces, with those that have them."""
+    rows = {**METHODS, **{f"space {name}": row for name, row in SPACES.items()}}
     return [
         (
-            name,
-            row,
-            ", ".join(method for method in METHODS if name in {h.name for h in METHODS[method].hyperparameters}),
+            h.name,
+            h,
+            ", ".join(user for user, row in rows.items() if h.name in {own.name for own in row.hyperparameters}),
         )
-        for name, row in rows.items()
+        for h in all_hyperparameters()
     ]
 
 
@@ -263,6 +277,25 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="folder to write")
     what = parser.add_argument_group("what is written")
     _add_format(what, required=True)
+    what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
+    _add_reading(parser)
+    _add_json(parser)
+
+
+def _add_resize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN", help="adapter folder")
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+    how = parser.add_argument_group("the rank of each module; σ are its singular values")
+    rule = how.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--rank", type=_count, metavar="R", help="the same for all that have as much")
+    rule.add_argument("--energy", type=float, metavar="E", help="keeps this fraction of Σσ²")
+    rule.add_argument("--sv-ratio", type=float, metavar="X", help="keeps the σ of at least the largest / X")
+    rule.add_argument("--sv-fro", type=float, metavar="X", help="keeps this fraction of the Frobenius norm √Σσ²")
+    rule.add_argument("--sv-cumulative", type=float, metavar="X", help="keeps this fraction of Σσ")
+    how.add_argument("--max-rank", type=_count, metavar="M", help="the most that a rule other than --rank may find")
+    what = parser.add_argument_group("what is written")
+    what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the adapter's)")
+    _add_format(what, required=False)
     what.add_argument("--force", action="store_true", help="replace OUT if it is an adapter")
     _add_reading(parser)
     _add_json(parser)

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, energy_kept
-from jaxmerge.catalog import METHODS
+from jaxmerge.catalog import METHODS, all_hyperparameters
 from jaxmerge.cli.console import (
     conversion,
     kept_span,
@@ -30,8 +30,10 @@ from jaxmerge.cli.console import (
 )
 from jaxmerge.cli.machine import join, keep_programs, placing
 from jaxmerge.cli.remarks import format_remarks
+from jaxmerge.io.atomic import existing_ancestor
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
+from jaxmerge.memory import Overflow
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
 from jaxmerge.sharding import first_process, seen_everywhere
@@ -55,10 +57,11 @@ def run(options: argparse.Namespace) -> int:
         if problems:
             return report_problems(problems, options.json)
         plan = plan_merge(adapters, options.weights, **merge_arguments(options))
-        results = []
-        with progress("merging", sum(map(len, plan.buckets.values()))) as advance:
+        results, beside = [], existing_ancestor(Path(options.output).parent)
+        count = sum(map(len, plan.buckets.values()))
+        with Overflow(beside, plan.memory) as overflow, progress("merging", count) as advance:
             for result in plan.run():
-                results.append(result)
+                results.append(overflow.keep(result))
                 advance(len(result))
         merged = _with_seed(plan.finish(results), options.seed)
         written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
@@ -87,7 +90,7 @@ def _with_seed(merged: Adapter, seed: int | None) -> Adapter:
 
 def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The options as arguments of `jaxmerge.merge`."""
-    names = {h.name for row in METHODS.values() for h in row.hyperparameters}
+    names = {h.name for h in all_hyperparameters()}
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return {
         "method": options.method,

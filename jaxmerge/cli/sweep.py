@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmerge import io
 from jaxmerge.base import Adapter
-from jaxmerge.catalog import METHODS, SCORES
+from jaxmerge.catalog import SCORES, all_hyperparameters
 from jaxmerge.cli.console import out, print_json, progress, reading, report_error, report_problems, table
 from jaxmerge.cli.machine import join, keep_programs, placing
 from jaxmerge.datafree import scores
@@ -48,13 +48,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _grid(options: argparse.Namespace) -> dict[str, list[Any]]:
     """The options with several values."""
-    numeric = {h.name for row in METHODS.values() for h in row.hyperparameters if h.traceable}
+    numeric = {h.name for h in all_hyperparameters() if h.traceable}
     grid = {name: getattr(options, name) for name in ("weights", "scale", "seed", *sorted(numeric))}
     return {name: values for name, values in grid.items() if values is not None}
 
 
 def _rows(options: argparse.Namespace, adapters: list[Adapter]) -> list[dict[str, Any]]:
-    choices = {h.name for row in METHODS.values() for h in row.hyperparameters if not h.traceable}
+    choices = {h.name for h in all_hyperparameters() if not h.traceable}
     fixed = {name: getattr(options, name) for name in choices if getattr(options, name) is not None}
     names = ("method", "space", "combination_type", "rank")
     arguments = {name: getattr(options, name) for name in names} | placing(options) | fixed

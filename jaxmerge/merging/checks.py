@@ -67,14 +67,32 @@ def method_and_space(method: str | None, space: str | None, combination_type: st
     space = METHODS[method].space if space is None else space
     if space not in SPACES:
         raise ValueError(f"unknown space {space!r}: there are {', '.join(SPACES)}")
+    row = METHODS[method]
+    if space not in row.spaces:
+        raise ValueError(f"method {method} makes no sense in space {space}: {row.elsewhere}")
     return method, space
 
 
-def hyperparameter_problems(method: str, given: Mapping[str, Any], optional: bool = False) -> list[str]:
-    """What is wrong with a method's hyperparameters; optional ones may be left out."""
-    known = {h.name: h for h in METHODS[method].hyperparameters}
+def hyperparameters_of(method: str, space: str) -> tuple[Hyperparameter, ...]:
+    """What a cell of the grid takes: the method's hyperparameters, and the space's."""
+    return (*METHODS[method].hyperparameters, *SPACES[space].taken(METHODS[method]))
+
+
+def count_problems(method: str, n: int) -> list[str]:
+    """Whether a method takes so many adapters."""
+    least, most = METHODS[method].least, METHODS[method].most
+    if n >= least and (most is None or n <= most):
+        return []
+    wanted = f"just {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+    return [f"method {method} takes {wanted} adapters, not {n}"]
+
+
+def hyperparameter_problems(method: str, space: str, given: Mapping[str, Any], optional: bool = False) -> list[str]:
+    """What is wrong with the hyperparameters of a cell of the grid; optional ones may be left out."""
+    known = {h.name: h for h in hyperparameters_of(method, space)}
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
-    problems = [f"method {method} has no hyperparameter {name}: {takes}" for name in given if name not in known]
+    cell = f"method {method}" + (f" in space {space}" if SPACES[space].hyperparameters else "")
+    problems = [f"{cell} has no hyperparameter {name}: {takes}" for name in given if name not in known]
     for name, hyperparameter in known.items():
         value = given.get(name, hyperparameter.default)
         if value is not None or not optional:

@@ -23,7 +23,9 @@ from jaxmerge.merging.checks import (
     checked_memory,
     checked_rank,
     checked_weights,
+    count_problems,
     hyperparameter_problems,
+    hyperparameters_of,
     key_problems,
     listing,
     method_and_space,
@@ -60,7 +62,8 @@ def plan_merge(
     method, space = method_and_space(method, space, combination_type)
     # PEFT takes one adapter as it is, whatever the type: weight · scale · B · A.
     alone = combination_type is not None and len(adapters) == 1
-    problems = hyperparameter_problems(method, hyperparameters, optional=alone)
+    problems = hyperparameter_problems(method, space, hyperparameters, optional=alone)
+    problems += count_problems(method, len(adapters))
     weights = checked_weights(weights, len(adapters), METHODS[method].averages, problems)
     if alone:
         method, space, hyperparameters = "linear", "full", {}
@@ -79,8 +82,9 @@ def plan_merge(
     raise_problems(problems)  # What follows relies on shapes that agree.
     problems = value_problems(adapters)
 
-    choices = {h.name: hyperparameters.get(h.name, h.default) for h in METHODS[method].hyperparameters}
-    numbers = {h.name: choices.pop(h.name) for h in METHODS[method].hyperparameters if h.traceable}
+    taken = hyperparameters_of(method, space)
+    choices = {h.name: hyperparameters.get(h.name, h.default) for h in taken}
+    numbers = {h.name: choices.pop(h.name) for h in taken if h.traceable}
     budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), mesh)
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)

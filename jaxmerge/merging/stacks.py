@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 from jaxmerge import dense, spaces
 from jaxmerge.base import Array, on_host
-from jaxmerge.catalog import METHODS, SPACES, Method
+from jaxmerge.catalog import METHODS, SPACES, Hyperparameter, Method
 from jaxmerge.lowrank import balanced, truncated_svd
 from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
-from jaxmerge.sparsify import AtRandom, Largest, bind_density, round_to
+from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,32 @@ class Program:
     def row(self) -> Method:
         """The method's row."""
         return METHODS[self.method]
+
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:
+        """Of the method, and of the space."""
+        return (*self.row.hyperparameters, *self._space_hyperparameters)
+
+    @property
+    def space_is_swept(self) -> bool:
+        """Whether settings differ in what the space takes."""
+        return self.sweeps and any(h.traceable for h in self._space_hyperparameters)
+
+    @property
+    def _space_hyperparameters(self) -> tuple[Hyperparameter, ...]:
+        return SPACES[self.space].taken(self.row)
+
+    def method_options(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's arguments, from all choices and numbers."""
+        return self._own(self.row.hyperparameters, numbers)
+
+    def space_options(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """The space's arguments, from all choices and numbers."""
+        return self._own(self._space_hyperparameters, numbers)
+
+    def _own(self, hyperparameters: Sequence[Hyperparameter], numbers: Mapping[str, Any]) -> dict[str, Any]:
+        given = {**dict(self.choices), **numbers}
+        return {h.name: given[h.name] for h in hyperparameters}
 
     @property
     def form(self) -> spaces.Space:
@@ -148,14 +174,14 @@ class Inputs(NamedTuple):
 
 
 @functools.cache
-def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[int, ...]) -> tuple[int, ...]:
+def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """How many entries each task has, in each task set that a space makes of a module."""
     form = SPACES[space].load(METHODS[method])
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, in_ = features
 
     def project(a: list[Array], b: list[Array], scales: Array) -> Sequence[Array]:
-        return form.project(spaces.Factors(a, b, scales))[0]
+        return form.project(spaces.Factors(a, b, scales), rank)[0]
 
     sets = jax.eval_shape(
         project, [shape((r, in_)) for r in ranks], [shape((out, r)) for r in ranks], shape((len(ranks),))
@@ -173,7 +199,7 @@ def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[st
     def along_settings(*leaves: Any) -> Any:
         return np.stack(leaves) if all(map(on_host, leaves)) else jnp.stack(leaves)
 
-    densities = {h.name for h in program.row.hyperparameters if h.kind == "density"}
+    densities = {h.name for h in program.hyperparameters if h.kind == "density"}
 
     def bind_one(name: str, value: Any, size: int) -> Any:
         if name in densities:
@@ -184,7 +210,8 @@ def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[st
         bound = [{name: bind_one(name, value, size) for name, value in numbers.items()} for numbers in settings]
         return jax.tree.map(along_settings, *bound)
 
-    return [bind(size) for size in set_sizes(program.space, program.method, bucket.features, bucket.ranks)]
+    sizes = set_sizes(program.space, program.method, bucket.features, bucket.ranks, bucket.rank)
+    return [bind(size) for size in sizes]
 
 
 def find_cuts(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> tuple[Cut, ...] | None:
@@ -296,15 +323,24 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
     if program.in_blocks:
         return _merge_in_blocks(program, bucket, factors, settings, pace)
     method, form = program.row.load(), program.form
-    sets, frame = form.project(factors)
+    shapes: dict[str, Any] = {"ranks": tuple(form.task_ranks(bucket.ranks, bucket.rank))} if program.row.ranked else {}
+    shapes |= {"rank": bucket.rank} if program.row.on_units else {}
+
+    def project(setting: _Setting) -> tuple[Sequence[Array], Any]:
+        return form.project(factors, bucket.rank, **program.space_options(setting.numbers[0]))
+
+    # Once for all settings, unless they are settings of the space too.
+    same = None if program.space_is_swept else project(jax.tree.map(lambda x: x[0], settings))
 
     def merge(setting: _Setting) -> spaces.Lifted:
+        sets, frame = project(setting) if same is None else same
         merged = []
         weights = form.weigh(factors.scales, setting.weights)
         for i, (tasks, own, bound) in enumerate(zip(sets, weights, setting.numbers, strict=True)):
             key = {} if setting.keys is None else {"key": _set_keys(setting.keys, i)}
-            ranks = {"ranks": bucket.ranks} if program.row.ranked else {}
-            merged.append(method(tasks, own, **bound, **dict(program.choices), **key, **ranks))
+            if form.filled is not None:
+                bound = _of_filled_rows(bound, form.filled(frame), tasks.shape[1])
+            merged.append(method(tasks, own, **program.method_options(bound), **key, **shapes))
         return form.lift(merged, frame, bucket.rank)
 
     return _each(merge, settings, pace.settings)
@@ -324,7 +360,9 @@ def _merge_in_blocks(
         # One search for all settings: their thresholds are compared with each block while it is there.
         count = jnp.broadcast_to(bound["density"].count[:, None], (settings.weights.shape[0], n))
         settings = settings._replace(numbers=[_with_cut(bound, search(passes, count, passes.guess(count)))])
-    combine = functools.partial(row.load_combine(), **dict(program.choices))
+    options = program.method_options(settings.numbers[0])
+    choices = {h.name: options[h.name] for h in row.hyperparameters if not h.traceable}
+    combine = functools.partial(row.load_combine(), **choices)
 
     def merge(setting: _Setting) -> spaces.Lifted:
         density = setting.numbers[0]["density"]
@@ -343,6 +381,19 @@ def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting, at_onc
     if settings.weights.shape[0] > 1:
         return jax.lax.map(merge, settings, batch_size=at_once if at_once > 1 else None)
     return jax.tree.map(lambda x: jnp.asarray(x)[None], merge(jax.tree.map(lambda x: x[0], settings)))
+
+
+def _of_filled_rows(bound: Mapping[str, Any], rows: Array, of: int) -> Mapping[str, Any]:
+    """Densities of the entries in so many rows, of those in all."""
+
+    def fewer(value: Any) -> Any:
+        if not isinstance(value, Density):
+            return value
+        # Whole numbers, in an order that does not overflow.
+        count = value.count // of * rows + value.count % of * rows // of
+        return dataclasses.replace(value, count=count)
+
+    return {name: fewer(value) for name, value in bound.items()}
 
 
 def _with_cut(bound: Mapping[str, Any], cut: Cut) -> Mapping[str, Any]:

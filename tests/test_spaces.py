@@ -1,0 +1,217 @@
+"""Spaces that share bases, against float64 NumPy on the dense changes, as the papers define them."""
+
+import numpy as np
+import pytest
+
+import jaxmerge as jm
+from tests.helpers import delta64, relative_error
+
+OUT, IN = 40, 30
+SCALES = (0.5, 2.0, 1.0)
+
+
+def adapters(ranks=(3, 4, 2), scales=SCALES, shape=(OUT, IN), seed=0):
+    rng = np.random.default_rng(seed)
+    out, in_ = shape
+    return [
+        jm.Adapter(
+            {
+                "m": jm.LoRA(
+                    rng.normal(size=(r, in_)).astype(np.float32), rng.normal(size=(out, r)).astype(np.float32), s
+                )
+            }
+        )
+        for r, s in zip(ranks, scales, strict=True)
+    ]
+
+
+def dense(sources):
+    return np.stack([delta64(source.modules["m"]) for source in sources])
+
+
+def ties64(tasks, weights, density):
+    """TIES as PEFT has it, in float64: tasks [n, p, q]."""
+    trimmed = np.zeros_like(tasks)
+    for task, kept in zip(tasks, trimmed, strict=True):
+        order = np.argsort(-np.abs(task), axis=None, kind="stable")[: int(density * task.size)]
+        kept.flat[order] = task.flat[order]
+    sign = np.where(trimmed.sum(0) >= 0, 1, -1)
+    agree = np.sign(trimmed) == sign
+    weighted = np.einsum("n,npq->npq", weights, trimmed)
+    return (weighted * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+def knots64(deltas):
+    """Left basis and tasks S·Vᵢ of the changes side by side."""
+    n, _, in_ = deltas.shape
+    u, s, vt = np.linalg.svd(np.concatenate(list(deltas), axis=1), full_matrices=False)
+    held = s > 1e-9 * s[0]
+    tasks = (s[:, None] * vt)[held].reshape(-1, n, in_).transpose(1, 0, 2)
+    return u[:, held], tasks
+
+
+def core64(sources, basis):
+    """Singular bases of all B and of all A, and the tasks in them."""
+    loras = [source.modules["m"] for source in sources]
+    deltas = dense(sources)
+    b, a = [np.asarray(lora.b, np.float64) for lora in loras], [np.asarray(lora.a, np.float64) for lora in loras]
+    if basis != "reference":
+        power = 0.5 if basis == "balanced" else 1.0
+        parts = [np.linalg.svd(delta, full_matrices=False) for delta in deltas]
+        b = [(u * s**power)[:, : lora.rank] for (u, s, _), lora in zip(parts, loras, strict=True)]
+        a = [(s[:, None] ** power * vt)[: lora.rank] for (_, s, vt), lora in zip(parts, loras, strict=True)]
+    u, _, _ = np.linalg.svd(np.concatenate(b, axis=1), full_matrices=False)
+    _, _, vt = np.linalg.svd(np.concatenate(a, axis=0), full_matrices=False)
+    return u, vt, u.T @ deltas @ vt.T
+
+
+WEIGHTS = [1.0, 0.5, -2.0]
+
+
+@pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (8, IN), (OUT, 7)])
+def test_knots_is_the_papers(density, shape):
+    sources = adapters(shape=shape)
+    u, tasks = knots64(dense(sources))
+    expected = u @ ties64(tasks, WEIGHTS, density)
+    merged = jm.merge(sources, WEIGHTS, method="ties", space="knots", density=density)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 2e-5
+    cut = jm.merge(sources, WEIGHTS, method="ties", space="knots", density=density, rank=2)
+    left, s, right = np.linalg.svd(expected)
+    assert relative_error(delta64(cut.modules["m"]), (left[:, :2] * s[:2]) @ right[:2]) < 2e-5
+
+
+@pytest.mark.parametrize("basis", ["reference", "balanced", "hosvd"])
+@pytest.mark.parametrize("shape", [(OUT, IN), (8, IN), (OUT, 7)])
+def test_core_is_the_papers(basis, shape):
+    sources = adapters(shape=shape)
+    u, vt, tasks = core64(sources, basis)
+    expected = u @ ties64(tasks, WEIGHTS, 0.5) @ vt
+    merged = jm.merge(sources, WEIGHTS, method="ties", space="core", density=0.5, basis=basis)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 2e-5
+
+
+def regauged(source, seed):
+    """The same change, split otherwise into B and A."""
+    lora = source.modules["m"]
+    gauge = np.random.default_rng(seed).normal(size=(lora.rank, lora.rank))
+    a = np.linalg.solve(gauge, np.asarray(lora.a, np.float64)) * 7
+    b = np.asarray(lora.b, np.float64) @ gauge / 7
+    return jm.Adapter({"m": jm.LoRA(a, b, lora.scale)})
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "sees"),
+    [
+        ("knots", {}, False),
+        ("ctm", {}, False),
+        ("core", {"basis": "balanced"}, False),
+        ("core", {"basis": "hosvd"}, False),
+        ("core", {"basis": "reference"}, True),
+        ("full", {}, False),
+        ("factors", {}, True),
+    ],
+)
+def test_which_spaces_see_how_a_change_is_split(space, options, sees):
+    sources = adapters(ranks=(3, 3, 3))
+    others = [regauged(source, seed) for seed, source in enumerate(sources)]
+    one, other = (
+        jm.merge(each, WEIGHTS, method="ties", space=space, density=0.5, **options) for each in (sources, others)
+    )
+    error = relative_error(delta64(other.modules["m"]), delta64(one.modules["m"]))
+    assert (error > 0.1) if sees else (error < 1e-4)
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+def test_lossless_spaces_lose_nothing(space):
+    sources = adapters()
+    expected = np.einsum("n,npq->pq", WEIGHTS, dense(sources))
+    # Kept whole, every entry takes part: the weighted sum, by way of the space's own bases.
+    merged = jm.merge(sources, WEIGHTS, method="magnitude_prune", space=space, density=1.0)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 1e-5
+    assert float(merged.energy["m"].lost) < 1e-6 * float(merged.energy["m"].total)
+
+
+@pytest.mark.parametrize("space", ["knots", "core", "ctm"])
+def test_adapters_that_share_directions_or_hold_none(space):
+    first, second, third = adapters(ranks=(3, 3, 3))
+    zero = jm.Adapter({"m": jm.LoRA(np.zeros((3, IN), np.float32), np.zeros((OUT, 3), np.float32))})
+    for sources in ([first, first, second], [first, zero, zero], [zero, zero, zero], [first, second, third, zero]):
+        weights = [1.0, 1.0, 0.5, 2.0][: len(sources)]
+        merged = jm.merge(sources, weights, method="magnitude_prune", space=space, density=1.0)
+        delta = delta64(merged.modules["m"])
+        assert np.isfinite(delta).all()
+        if space != "ctm":
+            expected = np.einsum("n,npq->pq", weights, dense(sources))
+            np.testing.assert_allclose(delta, expected, atol=1e-4 * (1 + np.abs(expected).max()))
+
+
+def test_density_in_knots_is_of_the_rows_that_hold_something():
+    first, second, _ = adapters(ranks=(3, 3, 3), scales=(1.0, 1.0, 1.0))
+    sources = [first, first, second]  # Rank 6 of 9.
+    u, tasks = knots64(dense(sources))
+    assert tasks.shape[1] == 6
+    expected = u @ ties64(tasks, WEIGHTS, 0.3)
+    merged = jm.merge(sources, WEIGHTS, method="ties", space="knots", density=0.3)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 2e-5
+
+
+def ctm64(deltas, rank, own_norm):
+    """Normalised tasks, and their Tucker-2 bases by dense higher-order orthogonal iteration."""
+    norms = np.linalg.norm(deltas, axis=(1, 2))
+    deltas = deltas * ((own_norm * norms + (1 - own_norm) * norms.mean()) / norms)[:, None, None]
+    n, p, q = deltas.shape
+    u = np.linalg.svd(deltas.transpose(1, 0, 2).reshape(p, n * q), full_matrices=False)[0][:, :rank]
+    v = np.linalg.svd(deltas.reshape(n * p, q), full_matrices=False)[2][:rank].T
+    for _ in range(500):
+        u = np.linalg.svd((deltas @ v).transpose(1, 0, 2).reshape(p, -1), full_matrices=False)[0][:, :rank]
+        v = np.linalg.svd((u.T @ deltas).reshape(-1, q), full_matrices=False)[2][:rank].T
+    return u, v, deltas
+
+
+@pytest.mark.parametrize("own_norm", [0.0, 0.25, 1.0])
+def test_ctm_holds_what_the_dense_decomposition_holds(own_norm):
+    sources = adapters(ranks=(4, 4, 4))
+    u, v, tasks = ctm64(dense(sources), 4, own_norm)
+    compressed = u.T @ tasks @ v
+    held = (compressed**2).sum() / (tasks**2).sum()
+    expected = u @ np.einsum("n,npq->pq", WEIGHTS, compressed) @ v.T
+    # Signs of the bases are free and cancel; linear is the same in any bases of the subspaces.
+    merged = jm.merge(sources, WEIGHTS, method="linear", space="ctm", own_norm=own_norm)
+    assert merged.modules["m"].rank == 4
+    np.testing.assert_allclose(float(merged.energy["m"].kept), held, atol=2e-3)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 0.05
+    # It does what it is made for: it holds more than the merge's own truncation does of the tasks.
+    assert held > 0.4
+
+
+def test_ctm_of_full_rank_is_full():
+    sources = adapters(ranks=(3, 4, 2))
+    merged = jm.merge(sources, WEIGHTS, method="linear", space="ctm", own_norm=1.0, rank=9)
+    assert relative_error(delta64(merged.modules["m"]), np.einsum("n,npq->pq", WEIGHTS, dense(sources))) < 1e-5
+    assert float(merged.energy["m"].kept) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_sweep_over_what_a_space_takes():
+    sources = adapters(ranks=(3, 3, 3))
+    found = jm.sweep(
+        sources, lambda merged: jm.delta(merged.modules["m"]), {"own_norm": [0.0, 1.0], "density": [0.3, 0.8]},
+        method="ties", space="ctm",
+    )  # fmt: skip
+    for setting, delta in zip(found.settings, found.scores, strict=True):
+        alone = jm.merge(sources, method="ties", space="ctm", **setting)
+        assert relative_error(delta, delta64(alone.modules["m"])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"space": "ctm", "own_norm": 1.5}, "own_norm should be at least 0 and at most 1"),
+        ({"space": "core", "method": "ties", "density": 0.5, "basis": "other"}, "basis 'other' is not one of"),
+        ({"space": "core", "basis": "hosvd"}, "method linear in space core has no hyperparameter basis"),
+        ({"space": "knots", "method": "ties", "density": 0.5, "basis": "hosvd"}, "has no hyperparameter basis"),
+    ],
+)
+def test_options_of_spaces_are_checked(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        jm.merge(adapters(), **arguments)
