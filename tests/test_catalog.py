@@ -26,7 +26,7 @@ FLOORS = {
     "methods": 4, "stages": 4,
     "merging": 5,
     "comparison": 6,
-    "sweeps": 6,
+    "sweeps": 6, "resizing": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 
