@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxmerge.merging import lower, merge
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
     from jaxmerge.methods.sign_consensus import dare_ties, ties
+    from jaxmerge.resizing import resize
     from jaxmerge.sparsify import prune
     from jaxmerge.sweeps import Sweep, sweep
 
@@ -29,6 +30,7 @@ _HOMES = {
     "jaxmerge.methods.arithmetic": ("dare_linear", "magnitude_prune", "task_arithmetic"),
     "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
     "jaxmerge.datafree": ("scores",),
+    "jaxmerge.resizing": ("resize",),
     "jaxmerge.sparsify": ("prune",),
     "jaxmerge.sweeps": ("Sweep", "sweep"),
 }
@@ -60,6 +62,7 @@ __all__ = [
     "peek",
     "peft_config",
     "prune",
+    "resize",
     "save",
     "scores",
     "sweep",

@@ -370,3 +370,6 @@ def test_the_summary_says_what_was_converted(tmp_path, capsys):
     assert main(["convert", lokr_path, str(tmp_path / "lora"), "--format", "peft"]) == 0
     assert "lokr: is LoKr, read as LoRA of its exact rank, 4 … 8" in capsys.readouterr().out
     assert jm.load(tmp_path / "lora").modules["linear"].rank == 8
+    assert main(["resize", lokr_path, str(tmp_path / "small"), "--rank", "3"]) == 0
+    assert "lokr: is LoKr, read as LoRA of its exact rank, 4 … 8" in capsys.readouterr().out
+    assert {lora.rank for lora in jm.load(tmp_path / "small").modules.values()} == {3}

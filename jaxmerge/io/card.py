@@ -28,6 +28,8 @@ def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     of = f" of `{base}`" if base else ""
+    if "resize" in record:
+        return _resized(of, record)
     if "inputs" not in record:
         return ["# LoRA adapter", "", f"A LoRA adapter{of}, written by jaxmerge."]
     settings = {"method": record["method"], "space": record["space"], **record["hyperparameters"]}
@@ -50,6 +52,21 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         "| adapter | weight | sha256 |",
         "|---|---|---|",
         *rows,
+        "",
+        "`jaxmerge.json` holds everything needed to make it again.",
+    ]
+
+
+def _resized(of: str, record: Mapping[str, Any]) -> list[str]:
+    (source,) = record["inputs"]
+    rule = ", ".join(f"{name} {value}" for name, value in record["resize"].items())
+    ranks = sorted({module["rank"] for module in record["modules"].values()})
+    return [
+        "# Resized LoRA adapter",
+        "",
+        f"A LoRA adapter{of}, resized with jaxmerge from `{source.get('path', 'memory')}`: {rule}. Rank "
+        f"{' … '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}; {100 * record['energy_kept']:.4g} % of its "
+        "energy (squared Frobenius norm) is kept.",
         "",
         "`jaxmerge.json` holds everything needed to make it again.",
     ]

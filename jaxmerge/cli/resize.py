@@ -1,0 +1,117 @@
+"""``jaxmerge resize``: smaller ranks, and what each module keeps."""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from jaxmerge import io
+from jaxmerge.base import Adapter, energy_kept
+from jaxmerge.cli.console import (
+    conversion,
+    kept_span,
+    out,
+    pattern,
+    percent,
+    print_json,
+    reading,
+    report_error,
+    report_problems,
+    span,
+    table,
+)
+from jaxmerge.cli.remarks import format_remarks
+from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.layouts import Conversion
+from jaxmerge.resizing import resize, rule_of
+
+_RULES = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative", "max_rank")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Resizes; returns 1, with nothing written, if something is wrong with the input."""
+    options.adapters = [options.input]
+    source, target = Path(options.input), Path(options.output)
+    rules = {name: getattr(options, name) for name in _RULES}
+    try:
+        rule = rule_of(**rules)
+        if problems := io.overlap_problems([source], target):
+            return report_problems(problems, options.json)
+        peeked = io.peek(source, **reading(options, 0))
+        io.check_target([peeked], target, Conversion(**conversion(options)), options.force)
+        adapter = io.load(source, mapped=True, **reading(options, 0))
+        resized = resize(adapter, dtype=options.dtype, **rules)
+        written = io.save(resized, target, force=options.force, **conversion(options))
+    except (ValueError, OSError, MemoryError) as error:
+        return report_error(error, options.json)
+    summary = summarise(options, rule.record(), adapter, resized, written)
+    if options.json:
+        print_json(summary)
+    else:
+        _print(summary)
+    return 0
+
+
+def summarise(
+    options: argparse.Namespace, rule: dict[str, Any], adapter: Adapter, resized: Adapter, written: Adapter
+) -> dict[str, Any]:
+    """What was kept, as JSON holds it."""
+    modules = {
+        path: {
+            "out": lora.features[0],
+            "in": lora.features[1],
+            "batch": list(lora.batch),
+            "rank_before": adapter.modules[path].rank,
+            "rank": lora.rank,
+            "energy_kept": float(resized.energy[path].kept),
+        }
+        for path, lora in sorted(resized.modules.items(), key=lambda item: natural_order(item[0]))
+    }
+    kept = float(energy_kept(resized))
+    parameters = [_parameters(adapter), _parameters(resized)]
+    before, after = (span({module[name] for module in modules.values()}) for name in ("rank_before", "rank"))
+    remarks = [
+        f"rank {before} to {after} keeps {percent(kept)} of the energy, in {percent(parameters[1] / parameters[0])} of "
+        "the numbers"
+    ]
+    if all(float(energy.total) == 0 for energy in resized.energy.values()):
+        remarks = ["the adapter is 0 everywhere"]
+    if resized.extras:
+        remarks.append(f"passed on beside the factors: {', '.join(resized.extras)}")
+    return {
+        "ok": True,
+        "output": options.output,
+        "rule": rule,
+        **conversion(options),
+        "energy_kept": kept,
+        "parameters": parameters,
+        "modules": modules,
+        "extras": list(resized.extras),
+        "remarks": remarks + format_remarks(options.format, [adapter], resized, written),
+    }
+
+
+def _parameters(adapter: Adapter) -> int:
+    return int(sum(leaf.size for lora in adapter.modules.values() for leaf in (lora.a, lora.b)))
+
+
+def _print(summary: dict[str, Any]) -> None:
+    rule = ", ".join(f"{name} {value:g}" for name, value in summary["rule"].items())
+    out.print(f"[bold]{escape(summary['output'])}[/bold]  {rule}")
+    out.print()
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for path, module in summary["modules"].items():
+        batch = "".join(f"{size}×" for size in module["batch"])
+        groups[pattern(path), f"{batch}{module['out']}×{module['in']}", module["rank_before"]].append(module)
+    rows = [
+        (*group, span([m["rank"] for m in members]), len(members), kept_span([m["energy_kept"] for m in members]))
+        for group, members in groups.items()
+    ]
+    headings = [("module", "left"), ("out×in", "right"), ("rank before", "right"), ("rank", "right"),
+                ("count", "right"), ("energy kept", "right")]  # fmt: skip
+    out.print(table(headings, rows))
+    out.print()
+    for remark in summary["remarks"]:
+        out.print(escape(remark))
