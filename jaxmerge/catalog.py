@@ -348,6 +348,18 @@ METHODS: Mapping[str, Method] = {
         },
         hyperparameters=(Hyperparameter("t", "how far an entry may move", "number", default=1e-4, least=0),),
     ),
+    "lego": Method(
+        summary="cluster the rank-one units of all adapters; each cluster makes a unit of the result",
+        paper="LoRA-LEGO, arXiv:2409.16167",
+        function="jaxmerge.methods.units:lego",
+        space="factors",
+        averages=True,
+        on_units=True,
+        spaces=("factors",),
+        elsewhere="its units are rows of A with their columns of B, which other spaces do not have",
+        breaks={"negation": "a weight scales both halves of a unit alike"},
+        hyperparameters=(Hyperparameter("iterations", "of k-means", "count", default=20, least=1),),
+    ),
     "norm_equalized": Method(
         summary="scale all deltas to their mean length, weighted sum",
         paper="Compress-then-Merge with β = 0, arXiv:2606.03723",

@@ -11,6 +11,7 @@ from jaxmerge.base import Adapter, Array
 from jaxmerge.extras import Extras
 from jaxmerge.merging.checks import Weights
 from jaxmerge.merging.plan import plan_merge
+from jaxmerge.merging.staging import StageLike
 
 __all__ = ["lower", "merge", "plan_merge"]
 
@@ -29,6 +30,7 @@ def merge(
     donate: bool = False,
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
+    stages: Sequence[StageLike] = (),
     allow_different_bases: bool = False,
     **hyperparameters: Any,
 ) -> Adapter:
@@ -55,6 +57,9 @@ def merge(
         dtype: Of the result; None keeps that of the sources. Arithmetic is float32 or wider in any case.
         extras: What to do with tensors that are not pairs of factors where adapters differ: ``"same"``
             refuses, ``"average"`` takes the mean, a number takes those of the adapter at that position.
+        stages: What is done to each module's merge, in this order and before it is cut to its rank: names in `STAGES`,
+            or pairs of a name and its hyperparameters, as in ``["calibrate", ("scale", {"factor": 0.7})]``. Where the
+            merge is of full rank, as that of entrywise methods in the space ``full`` is, it is cut first.
         allow_different_bases: Merges even if the adapters name different base models.
         **hyperparameters: Of the method, for example ``density=0.2``.
 
@@ -77,6 +82,7 @@ def merge(
         donate=donate,
         dtype=dtype,
         extras=extras,
+        stages=stages,
         allow_different_bases=allow_different_bases,
         **hyperparameters,
     )

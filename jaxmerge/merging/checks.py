@@ -78,6 +78,14 @@ def hyperparameters_of(method: str, space: str) -> tuple[Hyperparameter, ...]:
     return (*METHODS[method].hyperparameters, *SPACES[space].taken(METHODS[method]))
 
 
+def sign_problems(method: str, weights: Sequence[ArrayLike]) -> list[str]:
+    """Whether weights are negative that may not be, as far as they are known."""
+    negative = [weight for weight in weights if isinstance(weight, float) and weight < 0]
+    if not negative or not METHODS[method].on_units:
+        return []
+    return [f"method {method} takes weights of 0 or more, not {negative[0]:g}: {METHODS[method].breaks['negation']}"]
+
+
 def count_problems(method: str, n: int) -> list[str]:
     """Whether a method takes so many adapters."""
     least, most = METHODS[method].least, METHODS[method].most
@@ -96,14 +104,15 @@ def hyperparameter_problems(method: str, space: str, given: Mapping[str, Any], o
     for name, hyperparameter in known.items():
         value = given.get(name, hyperparameter.default)
         if value is not None or not optional:
-            problems += _hyperparameter_problem(method, hyperparameter, value)
+            problems += hyperparameter_problem(f"method {method}", hyperparameter, value)
     return problems
 
 
-def _hyperparameter_problem(method: str, hyperparameter: Hyperparameter, value: Any) -> list[str]:
+def hyperparameter_problem(user: str, hyperparameter: Hyperparameter, value: Any) -> list[str]:
+    """What is wrong with the value of one of a method's or a stage's hyperparameters."""
     name = hyperparameter.name
     if value is None:
-        return [f"method {method} needs {name}: {hyperparameter.help}"]
+        return [f"{user} needs {name}: {hyperparameter.help}"]
     if hyperparameter.kind == "choice" and value not in hyperparameter.choices:
         return [f"{name} {value!r} is not one of {', '.join(hyperparameter.choices)}"]
     if hyperparameter.kind == "density":

@@ -31,9 +31,11 @@ from jaxmerge.merging.checks import (
     method_and_space,
     raise_problems,
     shape_problems,
+    sign_problems,
     value_problems,
 )
 from jaxmerge.merging.stacks import Bucket, Program
+from jaxmerge.merging.staging import StageLike, checked_stages
 from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.version import versions
 
@@ -52,6 +54,7 @@ def plan_merge(
     donate: bool = False,
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
+    stages: Sequence[StageLike] = (),
     allow_different_bases: bool = False,
     **hyperparameters: Any,
 ) -> Plan:
@@ -67,7 +70,9 @@ def plan_merge(
     weights = checked_weights(weights, len(adapters), METHODS[method].averages, problems)
     if alone:
         method, space, hyperparameters = "linear", "full", {}
+    problems += sign_problems(method, weights)
     problems += key_problems(method, key)
+    staging = checked_stages(stages, adapters, problems)
     rank, dtype = checked_rank(rank, problems), checked_dtype(dtype, problems)
     problems += shape_problems(adapters)
     problems += base_problems(adapters, allow_different_bases)
@@ -86,7 +91,7 @@ def plan_merge(
     choices = {h.name: hyperparameters.get(h.name, h.default) for h in taken}
     numbers = {h.name: choices.pop(h.name) for h in taken if h.traceable}
     budget = checked_memory(memory, mesh)
-    program = Program(method, space, tuple(choices.items()), mesh)
+    program = Program(method, space, tuple(choices.items()), staging.of_modules, mesh)
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)
     if memory is not None:
         problems += memory_problems(program, buckets, budget)
@@ -100,7 +105,8 @@ def plan_merge(
         "space": space,
         "combination_type": combination_type,
         "rank": rank,
-        "hyperparameters": {name: _recordable(value) for name, value in {**choices, **numbers}.items()},
+        "stages": [[stage, {}] if isinstance(stage, str) else [stage[0], _recordables(stage[1])] for stage in stages],
+        "hyperparameters": _recordables({**choices, **numbers}),
         "key": None if key is None or not METHODS[method].random else _recordable_key(key),
         "dtype": dtype,
         "extras": extras,
@@ -110,7 +116,7 @@ def plan_merge(
     metadata = dataclasses.replace(metadata, provenance=json.dumps(record))
     rest = Adapter(modules={}, extras=merged_extras, metadata=metadata)
     keys = as_keys([key]) if METHODS[method].random else None
-    return Plan(program, adapters, [Setting(weights, numbers)], keys, buckets, rest, budget, donate)
+    return Plan(program, adapters, [Setting(weights, numbers)], keys, staging, buckets, rest, budget, donate)
 
 
 def as_keys(keys: Sequence[Any]) -> Array:
@@ -186,6 +192,10 @@ def _cast(tensor: AnyArray, dtype: str) -> AnyArray:
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return tensor
     return tensor.astype(dtype) if isinstance(tensor, jax.Array | np.ndarray) else tensor  # A shape has none.
+
+
+def _recordables(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _recordable(value) for name, value in values.items()}
 
 
 def _recordable(value: Any) -> Any:

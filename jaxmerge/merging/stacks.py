@@ -20,6 +20,7 @@ from jaxmerge import dense, spaces
 from jaxmerge.base import Array, on_host
 from jaxmerge.catalog import METHODS, SPACES, Hyperparameter, Method
 from jaxmerge.lowrank import balanced, truncated_svd
+from jaxmerge.merging.staging import Stage, apply
 from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
 from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
@@ -33,6 +34,7 @@ class Program:
         method: A name in `METHODS`.
         space: A name in `SPACES`.
         choices: The hyperparameters that are not numbers.
+        stages: What modules go through once they are merged.
         mesh: What modules are spread over.
         by_rows: Whether the rows of each module's delta are spread over it instead.
         at_once: How many modules an accelerator works on at the same time.
@@ -43,6 +45,7 @@ class Program:
     method: str
     space: str
     choices: tuple[tuple[str, Any], ...] = ()
+    stages: tuple[Stage, ...] = ()
     mesh: Mesh | None = None
     by_rows: bool = False
     at_once: int = 1
@@ -163,6 +166,7 @@ class Inputs(NamedTuple):
         keys: ``[L, S, n]`` keys, or what they are folded from; None for a method that draws nothing.
         cuts: Of each task set ``[L * batch, S, n]``, where the largest entries of each task end; None if that is to be
             found.
+        stages: Of each stage, name -> ``[L]``.
     """
 
     a: tuple[Any, ...]
@@ -171,6 +175,7 @@ class Inputs(NamedTuple):
     weights: Array
     keys: Any = None
     cuts: tuple[Cut, ...] | None = None
+    stages: tuple[Mapping[str, Array], ...] = ()
 
 
 @functools.cache
@@ -318,10 +323,17 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
     if one.cuts is not None:
         numbers = [_with_cut(bound, cut) for bound, cut in zip(numbers, one.cuts, strict=True)]
     settings = _Setting(one.weights, one.keys, numbers)
-    if program.stacks(bucket.ranks, bucket.rank):
-        return _each(lambda setting: spaces.stack(factors, setting.weights), settings, pace.settings)
+    # A result that is low-rank anyway goes through the stages whole.
+    whole = program.form.capacity(bucket.ranks, *bucket.features)
+    rank = whole if program.stages and not program.form.full_rank else bucket.rank
+
+    def staged(lifted: spaces.Lifted, setting: _Setting) -> spaces.Lifted:
+        return apply(program.stages, one.stages, lifted, factors, setting.weights, bucket.rank)
+
+    if program.stacks(bucket.ranks, rank):
+        return _each(lambda setting: staged(spaces.stack(factors, setting.weights), setting), settings, pace.settings)
     if program.in_blocks:
-        return _merge_in_blocks(program, bucket, factors, settings, pace)
+        return _merge_in_blocks(program, bucket, factors, settings, pace, staged)
     method, form = program.row.load(), program.form
     shapes: dict[str, Any] = {"ranks": tuple(form.task_ranks(bucket.ranks, bucket.rank))} if program.row.ranked else {}
     shapes |= {"rank": bucket.rank} if program.row.on_units else {}
@@ -341,13 +353,18 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
             if form.filled is not None:
                 bound = _of_filled_rows(bound, form.filled(frame), tasks.shape[1])
             merged.append(method(tasks, own, **program.method_options(bound), **key, **shapes))
-        return form.lift(merged, frame, bucket.rank)
+        return staged(form.lift(merged, frame, rank), setting)
 
     return _each(merge, settings, pace.settings)
 
 
 def _merge_in_blocks(
-    program: Program, bucket: Bucket, factors: spaces.Factors, settings: _Setting, pace: _Pace
+    program: Program,
+    bucket: Bucket,
+    factors: spaces.Factors,
+    settings: _Setting,
+    pace: _Pace,
+    staged: Callable[[spaces.Lifted, _Setting], spaces.Lifted],
 ) -> spaces.Lifted:
     """The same where the tasks are dense deltas and the method prunes and combines, without forming them whole."""
     row, n, widest = program.row, len(bucket.ranks), max(bucket.ranks)
@@ -371,7 +388,7 @@ def _merge_in_blocks(
         else:
             pruning = AtRandom(density.value, jnp.asarray(True), _set_keys(setting.keys, 0))
         u, s, vt, energy = truncated_svd(dense.merge_entries(passes, setting.weights, pruning, combine), bucket.rank)
-        return spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy)
+        return staged(spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy), setting)
 
     return _each(merge, settings, pace.settings)
 
@@ -429,4 +446,5 @@ def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
         repeat(inputs.weights),
         keys,
         inputs.cuts,
+        jax.tree.map(repeat, inputs.stages),
     )

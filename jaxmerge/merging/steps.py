@@ -31,7 +31,9 @@ from jaxmerge.merging.stacks import (
     merge_module,
     merge_stack,
 )
+from jaxmerge.merging.staging import Staging, scaled, squared_norms
 from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
+from jaxmerge.stages import restoring_factor
 
 # How many steps are begun before the first of them is waited for.
 _AHEAD = 2
@@ -58,6 +60,7 @@ class Plan:
         adapters: In the user's order.
         settings: What to merge with; one, if the program does not sweep.
         keys: ``[S]``, one for each setting, for a method that draws.
+        staging: What is done to the merge once it is made.
         memory: The bytes that a stack of modules may take on one device.
         donate: Whether the adapters' arrays may be given up once they are read.
         buckets: The modules of each bucket, by the positions of the adapters that have them.
@@ -68,6 +71,7 @@ class Plan:
     adapters: Sequence[Adapter]
     settings: Sequence["Setting"]
     keys: Array | None
+    staging: Staging
     buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]]
     rest: Adapter
     memory: int
@@ -130,7 +134,33 @@ class Plan:
         for path in all_paths(self.adapters):
             lora, energy[path] = merged[path]
             modules[path] = dataclasses.replace(lora, bias=self._bias(path, lora.a.dtype))
+        modules, energy = self._after_all(modules, energy)
         return dataclasses.replace(self.rest, modules=modules, energy=energy)
+
+    def _after_all(
+        self, modules: dict[str, LoRA], energy: dict[str, Energy]
+    ) -> tuple[dict[str, LoRA], dict[str, Energy]]:
+        """The stages that wait for all modules: each is a factor for the whole model, or one for each module."""
+        done, paths = len(self.staging.of_modules), list(modules)
+        for stage, numbers in zip(self.staging.stages[done:], self.staging.numbers[done:], strict=True):
+            factors = self._restoring(modules) if stage.whole else numbers["factor"]
+            for path in paths:
+                factor = factors[path] if isinstance(factors, Mapping) else factors
+                modules[path] = scaled(modules[path], factor)
+                energy[path] = jax.tree.map(lambda x, f=factor: x * jnp.asarray(f, x.dtype) ** 2, energy[path])
+        return modules, energy
+
+    def _restoring(self, modules: Mapping[str, LoRA]) -> Array:
+        """The factor that gives the whole merge the adapters' mean norm."""
+        weights = self.settings[0].weights
+        total, sources = jnp.zeros(()), jnp.zeros(len(weights))
+        with lapack.single_threaded():
+            for path, lora in modules.items():
+                present = [i for i, adapter in enumerate(self.adapters) if path in adapter.modules]
+                own = squared_norms(lora, [self.adapters[i].modules[path] for i in present])
+                total += own[0].astype(total.dtype)
+                sources = sources.at[jnp.asarray(present)].add(own[1].astype(total.dtype))
+        return restoring_factor(total, sources, jnp.stack([jnp.asarray(weight, total.dtype) for weight in weights]))
 
     def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
         """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
@@ -251,6 +281,7 @@ class Step:
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
             weights=self._weights(len(paths)),
             keys=None if plan.keys is None else _draws(plan.keys, paths, present),
+            stages=plan.staging.of(paths, wide),
         )
         if not self.padded:
             inputs = inputs._replace(cuts=find_cuts(self.program, self.bucket, inputs, self.numbers))

@@ -73,6 +73,12 @@ def _project_units(factors: Factors, rank: int) -> tuple[Sequence[Array], int]:
     return (jnp.stack(units),), factors.features[1]
 
 
+def _root_of_each(scales: Array, weights: Array) -> Sequence[Array]:
+    """For A and B alike: a unit's product weighs the square."""
+    del scales
+    return (jnp.sqrt(jnp.abs(weights)),)
+
+
 def _lift_units(merged: Sequence[Array], frame: int, rank: int) -> Lifted:
     del rank
     a, b = merged[0][:, :frame], merged[0][:, frame:].T
@@ -135,7 +141,7 @@ FACTORS = Space(
 UNITS = Space(
     # The same space, A and B taken together: row j of A and column j of B make a unit of rank one.
     _project_units,
-    as_given,
+    _root_of_each,
     _lift_units,
     numbers=factor_numbers,
     capacity=lambda ranks, out, in_: sum(ranks),

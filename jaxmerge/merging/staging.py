@@ -1,0 +1,184 @@
+"""Stages on top of a merge: reading what is asked for, and applying it module by module."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxmerge import stages
+from jaxmerge.base import Adapter, Array, Energy, LoRA, precision, promote
+from jaxmerge.catalog import STAGES
+from jaxmerge.lowrank import squared_norm, truncate
+from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing
+from jaxmerge.spaces import Factors, Lifted
+from jaxmerge.spaces.pipe import nothing_lost
+from jaxmerge.sparsify import round_to
+
+# A name in `STAGES`, alone or with its hyperparameters.
+StageLike = str | tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a program; static under jit.
+
+    Attributes:
+        name: In `STAGES`.
+        choices: The hyperparameters that are not numbers.
+    """
+
+    name: str
+    choices: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it waits for all modules."""
+        return dict(self.choices).get("scope") == "whole"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What is done to a merge once it is made, in order.
+
+    Attributes:
+        stages: What every module goes through, and what waits for all of them.
+        numbers: Of each stage, name -> a number, or one for each module by its path.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    numbers: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def of_modules(self) -> tuple[Stage, ...]:
+        """The stages up to the first that waits for all modules."""
+        waits = [i for i, stage in enumerate(self.stages) if stage.whole]
+        return self.stages[: waits[0]] if waits else self.stages
+
+    def of(self, paths: Sequence[str], dtype: str) -> tuple[dict[str, Array], ...]:
+        """The numbers of the stages of modules, ``[L]`` each."""
+
+        def along(value: Any) -> Any:
+            values = [value[path] if isinstance(value, Mapping) else value for path in paths]
+            if any(isinstance(one, jax.Array) for one in values):
+                return jnp.stack([jnp.asarray(one, dtype) for one in values])
+            return np.asarray(values, dtype)
+
+        count = len(self.of_modules)
+        return tuple({name: along(value) for name, value in numbers.items()} for numbers in self.numbers[:count])
+
+
+def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], problems: list[str]) -> Staging:
+    """The stages that are asked for; what is wrong with them is added to the problems."""
+    read, numbers = [], []
+    for given in [asked] if isinstance(asked, str) else asked:
+        name, values = (given, {}) if isinstance(given, str) else given
+        if name not in STAGES:
+            problems.append(f"unknown stage {name!r}: there are {', '.join(STAGES)}")
+            continue
+        known = {h.name: h for h in STAGES[name].hyperparameters}
+        takes = f"it takes {', '.join(known)}" if known else "it takes nothing"
+        problems += [f"stage {name} has no {other}: {takes}" for other in values if other not in known]
+        own = {h.name: values.get(h.name, h.default) for h in known.values()}
+        found = [problem for h in known.values() for problem in hyperparameter_problem(f"stage {name}", h, own[h.name])]
+        problems += found
+        if found:
+            continue
+        if name == "lines":
+            read.append(Stage("scale"))
+            numbers.append({"factor": _by_depth(adapters, own, problems)})
+            continue
+        read.append(Stage(name, tuple((h.name, own[h.name]) for h in known.values() if not h.traceable)))
+        numbers.append({h.name: own[h.name] for h in known.values() if h.traceable})
+    whole = [i for i, stage in enumerate(read) if stage.whole]
+    if whole and (late := [stage.name for stage in read[whole[0] + 1 :] if stage.name != "scale"]):
+        problems.append(
+            f"stage {late[0]} comes after {read[whole[0]].name} over the whole model: only lines and scale can"
+        )
+    return Staging(tuple(read), tuple(numbers))
+
+
+def _by_depth(adapters: Sequence[Adapter], own: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    paths = all_paths(adapters)
+    stacked = [path for path in paths if any(a.modules[path].batch for a in adapters if path in a.modules)]
+    if stacked:
+        problems.append(f"stage lines cannot tell the depth of modules that hold several layers: {listing(stacked)}")
+    return stages.lines_factors(paths, **own)
+
+
+def apply(
+    program: Sequence[Stage],
+    numbers: Sequence[Mapping[str, Array]],
+    lifted: Lifted,
+    sources: Factors,
+    weights: Array,
+    rank: int,
+) -> Lifted:
+    """Takes one module through its stages, and cuts it to its rank.
+
+    Args:
+        program: The stages of modules.
+        numbers: Of each stage, name -> scalar.
+        lifted: The merge, of that rank or a greater one.
+        sources: The module in n adapters.
+        weights: ``[n]``.
+        rank: Of the result.
+
+    Returns:
+        The result. Where the merge had been cut before the stages, the same share of the energy counts as lost.
+    """
+    if not program:
+        return lifted
+    pair, at_hand = (lifted.a, lifted.b), {"sources": sources, "weights": weights}
+    for stage, own in zip(program, numbers, strict=True):
+        function = STAGES[stage.name].load()
+        wanted = inspect.signature(function).parameters
+        arguments = {name: value for name, value in at_hand.items() if name in wanted}
+        pair = function(pair, **arguments, **own)
+    a, b = pair
+    cut = (a, b, nothing_lost(squared_norm(a, b))) if rank >= a.shape[0] else truncate(a, b, rank)
+    energy, before = cut[2], lifted.energy
+    # What share of the merge was there, and how much more of it could have been.
+    whole = jnp.where(before.total > 0, before.total, 1)
+    kept = jnp.where(before.total > 0, 1 - before.lost / whole, 1)
+    total = energy.total / jnp.where(kept > 0, kept, 1)
+    return Lifted(
+        cut[0],
+        cut[1],
+        Energy(total, total - energy.total + energy.lost, energy.missed + before.missed / whole * total),
+    )
+
+
+def scaled(lora: LoRA, factor: ArrayLike) -> LoRA:
+    """A merged module times a number, in its own dtype."""
+    wide = promote(lora.a.dtype, jnp.float32)
+    with precision(wide):
+        a, b = stages.scale((jnp.asarray(lora.a, wide), jnp.asarray(lora.b, wide)), jnp.asarray(factor, wide))
+        return dataclasses.replace(lora, a=round_to(a, lora.a.dtype), b=round_to(b, lora.b.dtype))
+
+
+def squared_norms(merged: LoRA, loras: Sequence[LoRA]) -> tuple[Array, Array]:
+    """The squared norms of a merged module, scalar, and of its n sources, ``[n]``; layers of one module add up."""
+    wide = promote(*[leaf.dtype for lora in loras for leaf in (lora.a, lora.b)], jnp.float32)
+
+    def flat(leaf: Any) -> Array:
+        return jnp.asarray(leaf, wide).reshape(-1, *leaf.shape[-2:])
+
+    with precision(wide):
+        pairs = [(flat(lora.a), flat(lora.b)) for lora in (merged, *loras)]
+        scales = jnp.stack([jnp.asarray(lora.scale, wide) for lora in loras])
+        return _squared_norms(pairs, scales)
+
+
+@jax.jit
+def _squared_norms(pairs: Sequence[tuple[Array, Array]], scales: Array) -> tuple[Array, Array]:
+    def of_layer(layer: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+        merged, *sources = layer
+        return stages.squared_norms(merged, Factors([a for a, _ in sources], [b for _, b in sources], scales))
+
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_layer, pairs))
