@@ -383,7 +383,6 @@ adapters = [jm.Adapter({{f"m.{{i}}": jm.LoRA(rng.normal(size=(16, n)).astype(np.
                        for i, (m, n) in enumerate(shapes)}}) for _ in range(4)]
 for method in {list(CASES)}:
     jax.block_until_ready(jax.jit(lambda adapters: jm.merge(adapters, method=method))(adapters))
-    jax.block_until_ready(jm.merge(adapters, method=method))
     print(method)
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=200, capture_output=True, text=True)
