@@ -68,19 +68,7 @@ def resize(
             "resize chooses ranks by values, which are not known here; inside jax.jit merge([adapter], [1.0], rank=r) "
             "truncates to one rank"
         )
-    plan = plan_merge([adapter], [1.0], dtype=dtype)
-    buckets = {path: bucket for (bucket, _), paths in plan.buckets.items() for path in paths}
-    groups: dict[str, dict[str, LoRA]] = {}
-    for path, lora in adapter.modules.items():
-        groups.setdefault(outer_module(path), {})[path] = _on_host(lora)
-    with lapack.single_threaded():
-        results = threads.each(lambda loras: _resized_group(loras, buckets, rule), groups.values())
-    resized = plan.finish(
-        [
-            {path: (_like(adapter.modules[path], lora), lost) for path, (lora, lost) in result.items()}
-            for result in results
-        ]
-    )
+    resized = _resized(adapter, rule, dtype)
     record = {
         "inputs": [json.loads(adapter.metadata.provenance)],
         "resize": rule.record(),
@@ -88,6 +76,42 @@ def resize(
         "versions": versions(),
     }
     return dataclasses.replace(resized, metadata=dataclasses.replace(resized.metadata, provenance=json.dumps(record)))
+
+
+def truncate(merged: Adapter, rule: "Rule") -> Adapter:
+    """`resize` of an adapter that has just been merged: its record and what it has lost already stay.
+
+    Args:
+        merged: From `jaxmerge.merge`.
+        rule: How ranks are found.
+
+    Returns:
+        The adapter.
+    """
+    resized = _resized(merged, rule, None)
+    energy = {
+        path: dataclasses.replace(before, lost=np.asarray(before.lost) + resized.energy[path].lost)
+        for path, before in merged.energy.items()
+    }
+    record = {**json.loads(merged.metadata.provenance), "truncated": rule.record()}
+    metadata = dataclasses.replace(merged.metadata, provenance=json.dumps(record))
+    return dataclasses.replace(merged, modules=resized.modules, energy=energy, metadata=metadata)
+
+
+def _resized(adapter: Adapter, rule: "Rule", dtype: DTypeLike | None) -> Adapter:
+    plan = plan_merge([adapter], [1.0], dtype=dtype)
+    buckets = {path: bucket for (bucket, _), paths in plan.buckets.items() for path in paths}
+    groups: dict[str, dict[str, LoRA]] = {}
+    for path, lora in adapter.modules.items():
+        groups.setdefault(outer_module(path), {})[path] = _on_host(lora)
+    with lapack.single_threaded():
+        results = threads.each(lambda loras: _resized_group(loras, buckets, rule), groups.values())
+    return plan.finish(
+        [
+            {path: (_like(adapter.modules[path], lora), lost) for path, (lora, lost) in result.items()}
+            for result in results
+        ]
+    )
 
 
 @dataclass(frozen=True)

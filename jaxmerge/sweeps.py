@@ -17,6 +17,7 @@ from jaxmerge.base import Adapter, Array, LoRA, promote
 from jaxmerge.catalog import all_hyperparameters
 from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, raise_problems
 from jaxmerge.merging.plan import as_keys, plan_merge
+from jaxmerge.merging.staging import StageLike
 from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.sparsify import round_to
 
@@ -51,6 +52,7 @@ def sweep(
     key: Array | None = None,
     mesh: Mesh | None = None,
     memory: int | str | None = None,
+    stages: Sequence[StageLike] = (),
     traced: bool = True,
     keep: bool = False,
     **hyperparameters: Any,
@@ -75,6 +77,7 @@ def sweep(
         key: As in `jaxmerge.merge`, where seeds are not in the grid.
         mesh: As in `jaxmerge.merge`.
         memory: As in `jaxmerge.merge`; merged adapters of as many settings as fit are held at once.
+        stages: As in `jaxmerge.merge`, but for those of the whole model.
         traced: Whether ``evaluate`` is traced.
         keep: Whether the merged adapters are returned too.
         **hyperparameters: As in `jaxmerge.merge`, where they are not in the grid.
@@ -87,7 +90,7 @@ def sweep(
     """
     fixed = {
         "method": method, "space": space, "rank": rank, "combination_type": combination_type, "weights": weights,
-        "key": key, "mesh": mesh, "memory": memory, **hyperparameters,
+        "key": key, "mesh": mesh, "memory": memory, "stages": stages, **hyperparameters,
     }  # fmt: skip
     _check_grid(grid, fixed)
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -159,6 +162,8 @@ def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixe
         return {**fixed, **{name: value for name, value in merge.items() if name != "seed"}, **key}
 
     first = plan_merge(adapters, **arguments(merges[0]))
+    if any(stage.whole for stage in first.staging.stages):
+        raise ValueError("a sweep goes module by module: norm_restore over the whole model cannot be part of it")
     row, settings, keys = first.program.row, [], []
     problems: list[str] = []
     for merge in merges:

@@ -1,11 +1,14 @@
 """Stages on top of merges: applied in order, before the cut, and for all modules together where they say so."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmerge as jm
+from jaxmerge.cli import main
 from tests.helpers import delta64, relative_error
 
 SHAPES = {"model.layers.0.q": (20, 16), "model.layers.1.q": (20, 16), "model.layers.2.o": (14, 18)}
@@ -160,3 +163,72 @@ def test_units_take_no_negative_weights():
     for path, delta in deltas(adapters()[0]).items():
         assert relative_error(delta64(alone.modules[path]), delta) < 1e-5
     assert {lora.rank for lora in jm.merge(adapters(), method="lego", rank=7).modules.values()} == {7}
+
+
+ADAPTERS = [f"tests/adapters/{name}" for name in ("sms", "movie", "names")]
+
+
+def test_the_command_line_stages_and_cuts_as_python_does(tmp_path, capsys):
+    stages = ["--stage", "calibrate", "--stage", "norm_restore:whole", "--stage", "scale:factor=0.8"]
+    rule = ["--energy", "0.9", "--max-rank", "12"]
+    merge = ["merge", *ADAPTERS, "-o", str(tmp_path / "out"), "--space", "core", "--method", "ties", "--density", "0.4"]
+    assert main([*merge, *stages, *rule, "--basis", "balanced", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["stages"] == [["calibrate", {}], ["norm_restore", {"scope": "whole"}], ["scale", {"factor": 0.8}]]
+    whole = jm.merge(
+        [jm.load(path) for path in ADAPTERS],
+        method="ties",
+        space="core",
+        basis="balanced",
+        density=0.4,
+        stages=["calibrate", ("norm_restore", {"scope": "whole"}), ("scale", {"factor": 0.8})],
+    )
+    expected, found = jm.resize(whole, energy=0.9, max_rank=12), jm.load(tmp_path / "out")
+    for path, lora in expected.modules.items():
+        assert found.modules[path].rank == lora.rank <= 12
+        assert relative_error(delta64(found.modules[path]), delta64(lora)) < 1e-2  # Sources of half precision.
+        assert summary["modules"][path]["energy_kept"] == pytest.approx(float(expected.energy[path].kept), abs=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "then calibrate, then norm_restore scope whole, then scale factor 0.8, then cut energy 0.9 max_rank 12" in card
+    )
+    record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
+    assert record["truncated"] == {"energy": 0.9, "max_rank": 12}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--stage", "nonsense"], 2, "there is no stage nonsense"),
+        (["--stage", "lines:1,2"], 2, "stage lines is given as lines:alpha=,beta="),
+        (["--stage", "calibrate:much"], 1, "floor should be a number, got 'much'"),
+        (["--stage", "scale"], 1, "stage scale needs factor"),
+        (["--energy", "2"], 1, "energy must be above 0 and at most 1, got 2"),
+        (["--energy", "0.5", "--rank", "3"], 1, "rank and energy was given"),
+        (["--max-rank", "3"], 1, "give one of rank, energy"),
+    ],
+)
+def test_the_command_line_checks_stages_and_rules(tmp_path, capsys, options, code, words):
+    command = ["merge", *ADAPTERS, "-o", str(tmp_path / "out"), *options]
+    if code == 2:
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == 2
+    else:
+        assert main(command) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_takes_stages_of_modules():
+    sources = adapters()
+    stages = ["isotropize", ("scale", {"factor": 2.0})]
+    found = jm.sweep(
+        sources, lambda merged: jm.delta(merged.modules["model.layers.0.q"]), {"weights": [[1, 1, 1], [1, 0, 2]]},
+        stages=stages,
+    )  # fmt: skip
+    for setting, delta in zip(found.settings, found.scores, strict=True):
+        alone = jm.merge(sources, setting["weights"], stages=stages)
+        assert relative_error(delta, delta64(alone.modules["model.layers.0.q"])) < 1e-5
+    with pytest.raises(ValueError, match="norm_restore over the whole model cannot be part"):
+        jm.sweep(sources, jm.scores(sources), {"scale": [1.0]}, stages=[("norm_restore", {"scope": "whole"})])

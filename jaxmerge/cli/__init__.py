@@ -18,6 +18,7 @@ from jaxmerge.catalog import (
     METHODS,
     SCORES,
     SPACES,
+    STAGES,
     TREES,
     Hyperparameter,
     all_hyperparameters,
@@ -123,6 +124,9 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     for name, hyperparameter, users in _hyperparameters():
         if hyperparameter.traceable:
             how.add_argument(_flag(name), type=float, help=f"{hyperparameter.help} [{users}]")
+    cut = parser.add_argument_group("how each module is cut at the end, by its singular values σ, in place of --rank")
+    _add_rules(cut)
+    cut.add_argument("--max-rank", type=_count, metavar="M", help="the most that such a rule may find")
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
     _add_format(what, required=False)
@@ -184,6 +188,29 @@ class _AtLeastTwo(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def _stage_usage(name: str) -> str:
+    return ":".join([name, *filter(None, [",".join(f"{h.name}=" for h in STAGES[name].hyperparameters)])])
+
+
+def _stage(text: str) -> tuple[str, dict[str, float | str]]:
+    name, _, values = text.partition(":")
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"there is no stage {name}: there are {', '.join(STAGES)}")
+    own = [h.name for h in STAGES[name].hyperparameters]
+    given = {}
+    for part in filter(None, values.split(",")):
+        key, found, value = part.partition("=")
+        if not found and len(own) == 1:
+            key, value = own[0], part
+        if key not in own or key in given:
+            raise argparse.ArgumentTypeError(f"stage {name} is given as {_stage_usage(name)}, not {text}")
+        try:
+            given[key] = float(value)
+        except ValueError:
+            given[key] = value
+    return name, given
+
+
 def _add_adapters(parser: argparse.ArgumentParser, action: Any = "store") -> None:
     # Weights may be negative and in scientific notation, which argparse takes for options.
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
@@ -201,6 +228,16 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help=f"one of PEFT's, in place of method and space: {', '.join(COMBINATION_TYPES)}",
     )
     how.add_argument("--rank", type=int, metavar="R", help="rank of the result (exact where there is such a rank)")
+    how.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        type=_stage,
+        dest="stages",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="what is done to the merge before it is cut to its rank; may be given repeatedly, and is done in that "
+        f"order: {', '.join(map(_stage_usage, STAGES))}",
+    )
     for name, hyperparameter, users in _hyperparameters():
         if hyperparameter.kind == "choice":
             how.add_argument(_flag(name), choices=hyperparameter.choices, help=f"{hyperparameter.help} [{users}]")
@@ -282,16 +319,20 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _add_rules(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--energy", type=float, metavar="E", help="the smallest rank that keeps this fraction of Σσ²")
+    group.add_argument("--sv-ratio", type=float, metavar="X", help="keeps the σ of at least the largest / X")
+    group.add_argument("--sv-fro", type=float, metavar="X", help="keeps this fraction of the Frobenius norm √Σσ²")
+    group.add_argument("--sv-cumulative", type=float, metavar="X", help="keeps this fraction of Σσ")
+
+
 def _add_resize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="adapter folder")
     parser.add_argument("output", metavar="OUT", help="folder to write")
     how = parser.add_argument_group("the rank of each module; σ are its singular values")
     rule = how.add_mutually_exclusive_group(required=True)
     rule.add_argument("--rank", type=_count, metavar="R", help="the same for all that have as much")
-    rule.add_argument("--energy", type=float, metavar="E", help="keeps this fraction of Σσ²")
-    rule.add_argument("--sv-ratio", type=float, metavar="X", help="keeps the σ of at least the largest / X")
-    rule.add_argument("--sv-fro", type=float, metavar="X", help="keeps this fraction of the Frobenius norm √Σσ²")
-    rule.add_argument("--sv-cumulative", type=float, metavar="X", help="keeps this fraction of Σσ")
+    _add_rules(rule)
     how.add_argument("--max-rank", type=_count, metavar="M", help="the most that a rule other than --rank may find")
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the adapter's)")

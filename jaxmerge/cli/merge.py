@@ -36,6 +36,7 @@ from jaxmerge.layouts import Conversion
 from jaxmerge.memory import Overflow
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
+from jaxmerge.resizing import Rule, rule_of, truncate
 from jaxmerge.sharding import first_process, seen_everywhere
 
 
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
                 results.append(overflow.keep(result))
                 advance(len(result))
         merged = _with_seed(plan.finish(results), options.seed)
+        if rule := _rule(options):
+            merged = truncate(merged, rule)
         written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
         merged = jax.tree.map(seen_everywhere, merged)
     except (ValueError, OSError, MemoryError) as error:
@@ -88,6 +91,14 @@ def _with_seed(merged: Adapter, seed: int | None) -> Adapter:
     return dataclasses.replace(merged, metadata=dataclasses.replace(merged.metadata, provenance=json.dumps(record)))
 
 
+def _rule(options: argparse.Namespace) -> Rule | None:
+    """How modules are cut at the end; a ValueError if it cannot be."""
+    limits = {name: getattr(options, name) for name in ("energy", "sv_ratio", "sv_fro", "sv_cumulative")}
+    if not any(limit is not None for limit in (*limits.values(), options.max_rank)):
+        return None
+    return rule_of(rank=options.rank, max_rank=options.max_rank, **limits)
+
+
 def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The options as arguments of `jaxmerge.merge`."""
     names = {h.name for h in all_hyperparameters()}
@@ -100,6 +111,7 @@ def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "key": None if options.seed is None else jax.random.key(options.seed),
         "extras": _extras(options),
+        "stages": options.stages,
         "allow_different_bases": options.allow_different_bases,
         **placing(options),
         **given,
@@ -144,6 +156,10 @@ def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]
     complete = len(peeked) == len(paths)
     if not complete and options.weights is not None and len(options.weights) != len(paths):
         problems.append(f"{len(options.weights)} weights for {len(paths)} adapters: give one weight per adapter")
+    try:
+        _rule(options)
+    except ValueError as error:
+        problems += str(error).splitlines()
     if peeked:
         try:
             arguments = merge_arguments(options)
@@ -179,7 +195,7 @@ def summarise(
     summary = {
         "ok": True,
         "output": options.output,
-        **{name: record[name] for name in ("method", "space", "combination_type", "hyperparameters")},
+        **{name: record[name] for name in ("method", "space", "combination_type", "hyperparameters", "stages")},
         "seed": options.seed,
         "inputs": [
             {**source, "weight": weight, "ranks": sorted({lora.rank for lora in adapter.modules.values()})}
@@ -231,7 +247,7 @@ def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]
         )
         exact = min(exact, max(min(lora.features) for lora in merged.modules.values()))
         more = f"the exact rank is {exact}" if METHODS[record["method"]].linear else "a higher --rank keeps more"
-        remarks.append(f"rank {rank} keeps {percent(kept)} of the energy; {more}")
+        remarks.append(f"rank {span(ranks)} keeps {percent(kept)} of the energy; {more}")
     missed = sum(float(energy.missed) for energy in merged.energy.values())
     captured = sum(float(energy.total) - float(energy.lost) for energy in merged.energy.values())
     if missed > 1e-3 * captured:
@@ -261,7 +277,9 @@ def _print(summary: dict[str, Any]) -> None:
         settings = {"combination_type": summary["combination_type"], **settings}
     if summary["seed"] is not None:
         settings["seed"] = summary["seed"]
-    out.print(f"[bold]{escape(summary['output'])}[/bold]  " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    words = [f"{name} {value}" for name, value in settings.items()]
+    words += [f"then {' '.join([name, *(f'{k} {v}' for k, v in own.items())])}" for name, own in summary["stages"]]
+    out.print(f"[bold]{escape(summary['output'])}[/bold]  " + ", ".join(words))
     out.print()
     inputs = [
         (i + 1, source["path"], f"{source['weight']:g}", span(source["ranks"]), source["sha256"][:12])
@@ -271,12 +289,21 @@ def _print(summary: dict[str, Any]) -> None:
         table([("", "right"), ("adapter", "left"), ("weight", "right"), ("rank", "right"), ("sha256", "left")], inputs)
     )
     out.print()
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for path, module in summary["modules"].items():
         sources = "all" if len(module["sources"]) == len(inputs) else ", ".join(map(str, module["sources"]))
-        key = pattern(path), f"{module['out']}×{module['in']}", module["rank"], sources
-        groups[key].append(module["energy_kept"])
-    rows = [(*group, len(kept), kept_span(kept)) for group, kept in groups.items()]
+        groups[pattern(path), f"{module['out']}×{module['in']}", sources].append(module)
+    rows = [
+        (
+            name,
+            shape,
+            span([module["rank"] for module in members]),
+            sources,
+            len(members),
+            kept_span([module["energy_kept"] for module in members]),
+        )
+        for (name, shape, sources), members in groups.items()
+    ]
     headings = [("module", "left"), ("out×in", "right"), ("rank", "right"), ("from", "left"),
                 ("count", "right"), ("energy kept", "right")]  # fmt: skip
     out.print(table(headings, rows))

@@ -58,6 +58,7 @@ def _rows(options: argparse.Namespace, adapters: list[Adapter]) -> list[dict[str
     fixed = {name: getattr(options, name) for name in choices if getattr(options, name) is not None}
     names = ("method", "space", "combination_type", "rank")
     arguments = {name: getattr(options, name) for name in names} | placing(options) | fixed
+    arguments["stages"] = options.stages
     grid = _grid(options) or {"scale": [1.0]}
     found = sweep(adapters, scores(adapters), grid, **arguments)
     return [

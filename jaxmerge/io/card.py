@@ -45,7 +45,7 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         "# Merged LoRA adapter",
         "",
         f"A LoRA adapter{of}, merged from {len(rows)} with jaxmerge: "
-        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + ", ".join([*(f"{name} {value}" for name, value in settings.items()), *_stages(record)])
         + f". Rank {config['r']}; {100 * record['energy_kept']:.4g} % of the merge's energy (squared Frobenius "
         "norm) is kept.",
         "",
@@ -55,6 +55,11 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         "",
         "`jaxmerge.json` holds everything needed to make it again.",
     ]
+
+
+def _stages(record: Mapping[str, Any]) -> list[str]:
+    stages = [*record.get("stages", []), *([["cut", record["truncated"]]] if "truncated" in record else [])]
+    return [" ".join(["then", name, *(f"{key} {value}" for key, value in own.items())]) for name, own in stages]
 
 
 def _resized(of: str, record: Mapping[str, Any]) -> list[str]:
