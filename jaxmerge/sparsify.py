@@ -38,7 +38,7 @@ class Density:
     cut: Cut | None = None
 
 
-def bind_density(density: "ArrayLike | Density", size: int) -> Density:
+def bind_density(density: "ArrayLike | Density", size: int, name: str = "Density") -> Density:
     """Turns a density into the number of survivors among ``size`` entries.
 
     Args:
@@ -46,6 +46,7 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
             does; a JAX array gives the same in its own precision, normally float32, where
             ``0.29 * 100`` is 29 and not 28. 1 and above keep everything.
         size: Number of entries, below 2**31.
+        name: What errors call it.
 
     Returns:
         The density and its count; one that is bound already is returned as it is.
@@ -57,7 +58,7 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
         return density
     if size >= 2**31:
         raise ValueError(f"a tensor of {size} entries is too large to prune: the limit is 2**31 - 1")
-    _check_density(density)
+    _check_density(density, name)
     if isinstance(density, jax.Array):
         value = jnp.asarray(density, promote(density.dtype, jnp.float32))
         count = jnp.floor(jnp.clip(value, 0, 1) * jnp.asarray(size, value.dtype))
@@ -67,15 +68,15 @@ def bind_density(density: "ArrayLike | Density", size: int) -> Density:
     return Density(jnp.asarray(number, float), jnp.asarray(count, jnp.int32))
 
 
-def _check_density(density: ArrayLike) -> None:
+def _check_density(density: ArrayLike, name: str) -> None:
     is_number = isinstance(density, numbers.Real | np.generic | np.ndarray | jax.Array)
     if not is_number or np.ndim(density) != 0 or not np.isrealobj(density):
-        raise ValueError(f"Density should be a number, got {density!r}")
+        raise ValueError(f"{name} should be a number, got {density!r}")
     if not has_values(density):
         return
     number = float(np.asarray(density, np.float64))
     if not number >= 0:
-        raise ValueError(f"Density should be >= 0, got {number:g}")
+        raise ValueError(f"{name} should be >= 0, got {number:g}")
 
 
 def prune(
@@ -170,6 +171,25 @@ class Largest:
         return jnp.where(self.cut.keeps(tensors, index), tensors, jnp.zeros_like(tensors))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("outliers", "cut"), meta_fields=())
+@dataclass(frozen=True, eq=False)
+class Between:
+    """Pruning by magnitude that drops the outliers too (Model Breadcrumbs, arXiv:2312.06795).
+
+    Attributes:
+        outliers: ``[*batch]``, where the outliers of each tensor end.
+        cut: ``[*batch]``, where the survivors behind them end.
+    """
+
+    outliers: Cut
+    cut: Cut
+
+    def apply(self, tensors: Array, index: Array) -> Array:
+        """Zeroes what does not survive, as `Largest.apply`."""
+        survives = self.cut.keeps(tensors, index) & ~self.outliers.keeps(tensors, index)
+        return jnp.where(survives, tensors, jnp.zeros_like(tensors))
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("density", "rescale", "keys"), meta_fields=())
 @dataclass(frozen=True, eq=False)
 class AtRandom:
@@ -200,6 +220,52 @@ class AtRandom:
         divisor = jnp.where(dividing, self.density.astype(wide), jnp.ones((), wide))
         scaled = round_to(tensors.astype(wide) / divisor, tensors.dtype)
         return jnp.where(survives, scaled, jnp.zeros_like(tensors))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("density", "epsilon", "keys"), meta_fields=())
+@dataclass(frozen=True, eq=False)
+class ByRank:
+    """Random dropping in which an entry's chance grows with its rank in its row (MagPrune, arXiv:2406.11617).
+
+    Attributes:
+        density: Scalar, the probability that an entry survives, on the average of a row.
+        epsilon: Scalar, by how much a row's largest entry survives with more probability than its smallest. Less
+            where a probability would otherwise leave [0, 1]: nothing is dropped at a density of 1.
+        keys: ``[*batch]`` keys, one for every tensor.
+    """
+
+    density: Array
+    epsilon: Array
+    keys: Array
+
+    def apply(self, tensors: Array, index: Array) -> Array:
+        """Zeroes what does not survive, as `Largest.apply`, and divides the rest by its probability.
+
+        A part of a tensor has to hold whole rows, which lie along the last axis.
+        """
+
+        def pruned(task: tuple[Array, Array]) -> Array:
+            key, tensor = task
+            probability = self.probabilities(tensor)
+            survives = _uniform(key, index) < probability
+            divisor = jnp.where(survives, probability, jnp.ones_like(probability)).astype(tensor.dtype)
+            return jnp.where(survives, tensor / divisor, jnp.zeros_like(tensor))
+
+        # One task after another: what a sort takes is wanted for one of them only.
+        return lax.map(pruned, (self.keys, tensors)) if self.keys.ndim else pruned((self.keys, tensors))
+
+    def probabilities(self, tensor: Array) -> Array:
+        """With what probability each entry of ``[*shape]`` survives, in float32. Equal ones rank in their order."""
+        length = tensor.shape[-1] if tensor.ndim else 1
+        density = jnp.clip(self.density.astype(jnp.float32), 0, 1)
+        half = jnp.minimum(self.epsilon.astype(jnp.float32) / 2, jnp.minimum(density, 1 - density))
+        # For each rank once, and then moved to its entry: the same bits wherever it lies.
+        ranked = density + half * jnp.linspace(-1 if length > 1 else 0, 1, length, dtype=jnp.float32)
+        if not tensor.ndim:
+            return ranked[0]
+        order = jnp.argsort(jnp.abs(lax.stop_gradient(tensor)), axis=-1)
+        ranked = jnp.broadcast_to(jnp.clip(ranked, 0, 1), tensor.shape)
+        return jnp.put_along_axis(jnp.zeros_like(ranked), order, ranked, axis=-1, inplace=False)
 
 
 def _uniform(keys: Array, index: Array) -> Array:

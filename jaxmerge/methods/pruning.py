@@ -14,7 +14,9 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import task_keys
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, need_key
+from jaxmerge.sparsify import AtRandom, Between, ByRank, Density, Largest, bind_density, need_key
+
+Pruning = Largest | Between | AtRandom | ByRank
 
 
 def keep_largest(tasks: Array, density: ArrayLike | Density) -> Largest:
@@ -29,11 +31,25 @@ def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -
     return AtRandom(bound.value, jnp.asarray(True), task_keys(need_key(key, "DARE"), tasks.shape[0]))
 
 
+def keep_between(tasks: Array, density: ArrayLike | Density, gamma: ArrayLike) -> Between:
+    """Pruning of each task ``[n, ...]`` to what is largest behind its outliers, the fraction ``gamma`` of all."""
+    size = tasks.size // tasks.shape[0]
+    outliers, count = bind_density(gamma, size, "gamma").count, bind_density(density, size).count
+    end = jnp.minimum(outliers, size - count) + count
+    return Between(cut_largest(tasks, outliers, batch=1), cut_largest(tasks, end, batch=1))
+
+
+def drop_by_rank(tasks: Array, density: ArrayLike | Density, epsilon: ArrayLike, key: Array | None) -> ByRank:
+    """Dropping of each task's ``[n, ...]`` entries at random by their rank in their row, each task by its own key."""
+    bound = bind_density(density, tasks.size // tasks.shape[0])
+    return ByRank(bound.value, jnp.asarray(epsilon), task_keys(need_key(key, "DELLA"), tasks.shape[0]))
+
+
 @functools.partial(jax.jit, static_argnames=("combine", "choices"))
 def combine_pruned(
     tasks: Array,
     weights: Array,
-    pruning: Largest | AtRandom,
+    pruning: Pruning,
     combine: Callable[..., Array],
     choices: tuple[tuple[str, Any], ...] = (),
 ) -> Array:

@@ -1,12 +1,21 @@
 """Means over the tasks that agree in sign: TIES (arXiv:2306.01708) and DARE-TIES (arXiv:2311.03099)."""
 
+from typing import Literal
+
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxmerge.base import Array
-from jaxmerge.consensus import SignMethod, check_sign_method, majority_sign_mask, mean_of_marked
+from jaxmerge.base import Array, promote
+from jaxmerge.consensus import SignMethod, check_sign_method, majority_sign_mask, mean_of_marked, sum_tasks
 from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
 from jaxmerge.sparsify import Density
+
+Election = Literal["unweighted", "weighted"]
+Divisor = Literal["count", "weight", "none"]
+_CHOICES = {"election": ("unweighted", "weighted"), "divisor": ("count", "weight", "none")}
+# Sums of weights below this divide nothing.
+_NO_WEIGHT = 1e-8
 
 
 def ties(
@@ -14,28 +23,33 @@ def ties(
     weights: Weights,
     density: ArrayLike | Density,
     majority_sign_method: SignMethod = "total",
+    *,
+    election: Election = "unweighted",
+    divisor: Divisor = "count",
 ) -> Array:
     """TIES: trim each task, elect a sign per entry, average those that carry it (same name in PEFT).
 
-    As in PEFT, and unlike the paper, trimming is per tensor; the election does not see the weights; and the
-    divisor is the number of agreeing tasks, not the sum of their weights.
+    As in PEFT, and unlike the paper, trimming is per tensor; and unless it is chosen otherwise the election does
+    not see the weights, and the divisor is the number of agreeing tasks, not the sum of their weights. mergekit's
+    ``ties`` is ``election="weighted", divisor="weight"``.
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
         density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
+        election: Of what the sign is elected; see `agree`.
+        divisor: Of the sum over the agreeing tasks; see `agree`.
 
     Returns:
         ``[...]``, float32 or wider.
 
     Raises:
-        ValueError: If shapes or counts do not match, the density is negative, or the election unknown.
+        ValueError: If shapes or counts do not match, the density is negative, or a choice unknown.
     """
-    check_sign_method(majority_sign_method)
+    choices = checked_choices(majority_sign_method, election, divisor)
     tasks = stack_tasks(task_tensors)
     pruning = keep_largest(tasks, density)
-    choices = (("majority_sign_method", majority_sign_method),)
     return combine_pruned(tasks, as_weights(weights, tasks), pruning, agree, choices)
 
 
@@ -70,15 +84,47 @@ def dare_ties(
     return combine_pruned(tasks, as_weights(weights, tasks), pruning, agree, choices)
 
 
-def agree(tasks: Array, weights: Array, majority_sign_method: SignMethod) -> Array:
-    """The weighted mean over the tasks that carry the elected sign, entry by entry.
+def checked_choices(
+    majority_sign_method: SignMethod, election: Election, divisor: Divisor
+) -> tuple[tuple[str, str], ...]:
+    """The choices of `agree` as `combine_pruned` takes them; a ValueError if one does not exist."""
+    check_sign_method(majority_sign_method)
+    given = {"election": election, "divisor": divisor}
+    for name, known in _CHOICES.items():
+        if given[name] not in known:
+            raise ValueError(f"Unknown {name} {given[name]!r}: there are {', '.join(map(repr, known))}")
+    return (("majority_sign_method", majority_sign_method), *given.items())
+
+
+def agree(
+    tasks: Array,
+    weights: Array,
+    majority_sign_method: SignMethod,
+    election: Election = "unweighted",
+    divisor: Divisor = "count",
+) -> Array:
+    """The weighted mean, or sum, over the tasks that carry the elected sign, entry by entry.
 
     Args:
         tasks: ``[n, ...]``.
-        weights: ``[n]``; the election does not see them.
+        weights: ``[n]``.
         majority_sign_method: See `jaxmerge.calculate_majority_sign_mask`.
+        election: ``"unweighted"`` elects among the tasks as they are, ``"weighted"`` among the weighted tasks: one of
+            weight 0 has no vote, and one of negative weight votes against its own sign.
+        divisor: ``"count"`` divides by the number of tasks that carry the sign, ``"weight"`` by the sum of their
+            weights, or by 1 where that is 0 within 1e-8, and ``"none"`` leaves their sum.
 
     Returns:
         ``[...]``, float32 or wider.
     """
-    return mean_of_marked(weigh(tasks, weights), majority_sign_mask(tasks, majority_sign_method))
+    weighed = weigh(tasks, weights)
+    mask = majority_sign_mask(tasks if election == "unweighted" else weighed, majority_sign_method)
+    if divisor == "count":
+        return mean_of_marked(weighed, mask)
+    wide = promote(weighed.dtype, jnp.float32)
+    total = sum_tasks(jnp.where(mask, weighed, jnp.zeros_like(weighed))).astype(wide)
+    if divisor == "none":
+        return total
+    each = weights.astype(wide).reshape(weights.shape + (1,) * (tasks.ndim - 1))
+    weight = sum_tasks(jnp.where(mask, each, jnp.zeros_like(each)))
+    return total / jnp.where(jnp.abs(weight) < _NO_WEIGHT, jnp.ones_like(weight), weight)

@@ -39,6 +39,12 @@ def stack_tasks(task_tensors: Tasks) -> Array:
     return jnp.stack([array.astype(dtype) for array in arrays])
 
 
+def stack_wide(task_tensors: Tasks) -> Array:
+    """`stack_tasks`, in float32 or wider."""
+    tasks = stack_tasks(task_tensors)
+    return tasks.astype(promote(tasks.dtype, jnp.float32))
+
+
 def as_weights(weights: Weights, tasks: Array) -> Array:
     """The weights as an array ``[n]``.
 
@@ -78,11 +84,35 @@ def weigh(tasks: Array, weights: Array) -> Array:
     """
     dtype = promote(tasks.dtype, weights.dtype)
     shape = weights.shape + (1,) * (tasks.ndim - 1)
-    tasks = tasks.astype(dtype)
-    product = round_to(weights.astype(dtype).reshape(shape) * tasks, dtype)
+    return times(tasks.astype(dtype), weights.astype(dtype).reshape(shape))
+
+
+def times(x: Array, y: Array) -> Array:
+    """``x * y``, of one dtype, rounded before anything is added to it."""
+    product = round_to(x * y, x.dtype)
     # The choice changes no value. It keeps the compiler from fusing the product with the sum that follows, with one
     # rounding for both: it would do so or not depending on the sharding.
-    return jnp.where(jnp.isnan(tasks), tasks, product)
+    return jnp.where(jnp.isnan(x), x, product)
+
+
+def sum_entries(tasks: Array) -> Array:
+    """The sum of each task's entries, half to half along one axis after the other: in the same order in any program.
+
+    Args:
+        tasks: ``[n, ...]``.
+
+    Returns:
+        ``[n]``.
+    """
+    while tasks.ndim > 1:
+        size = tasks.shape[1]
+        if size <= 1:
+            tasks = jnp.sum(tasks, axis=1)
+            continue
+        even = jnp.pad(tasks, [(0, size % 2 if axis == 1 else 0) for axis in range(tasks.ndim)])
+        half = even.shape[1] // 2
+        tasks = even[:, :half] + even[:, half:]
+    return tasks
 
 
 def task_keys(key: Array, n: int) -> Array:

@@ -1,0 +1,57 @@
+"""Select, calculate, erase: the merge of FuseChat (arXiv:2408.07990)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxmerge.base import Array
+from jaxmerge.consensus import majority_sign_mask, sum_tasks
+from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, sum_entries, times, weigh
+from jaxmerge.selection import cut_largest, flat_index
+from jaxmerge.sparsify import Density, bind_density
+
+
+def sce(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density = 0.1) -> Array:
+    """SCE: keep the entries that vary most across tasks, weigh tasks by their energy, erase minority signs.
+
+    From FuseChat (arXiv:2408.07990). (1) The ``int(density * N)`` entries of largest variance over the tasks are
+    selected; of a single task, which has none, its largest. (2) A task's coefficient ωᵢ is the mean square of its
+    selected entries. (3) At each entry the sign of the tasks' sum is elected, and the result is
+    ``Σ ωᵢ wᵢ tᵢ / Σ ωᵢ`` over the tasks that carry it. The paper has no weights wᵢ; here they scale what a task
+    brings and neither vote nor divide, as in `jaxmerge.ties`.
+
+    mergekit makes all ωᵢ equal where the mean squares add up to less than 1e-6, which those of most LoRA deltas do.
+
+    Args:
+        task_tensors: n arrays of one shape, or one array ``[n, ...]``.
+        weights: ``[n]``, of any sign.
+        density: Fraction of the entries to select, with the paper's default.
+
+    Returns:
+        ``[...]``, float32 or wider; 0 where nothing is selected or carries the sign.
+
+    Raises:
+        ValueError: If shapes or counts do not match, or the density is negative.
+    """
+    tasks = stack_wide(task_tensors)
+    return _sce(tasks, as_weights(weights, tasks), bind_density(density, math.prod(tasks.shape[1:])).count)
+
+
+@jax.jit
+def _sce(tasks: Array, weights: Array, count: Array) -> Array:
+    n, shape = tasks.shape[0], tasks.shape[1:]
+    deviations = tasks - sum_tasks(tasks) / n if n > 1 else tasks
+    ranked = sum_tasks(times(deviations, deviations))
+    selected = cut_largest(ranked, count).keeps(ranked, flat_index(shape))
+    tasks = jnp.where(selected, tasks, jnp.zeros_like(tasks))
+    # Only their ratios matter: those of means are those of sums.
+    energy = sum_entries(times(tasks, tasks))
+    total = jnp.sum(energy)
+    coefficients = energy / jnp.where(total > 0, total, jnp.ones_like(total))
+    mask = majority_sign_mask(tasks, "total")
+    each = jnp.where(mask, coefficients.reshape(n, *(1,) * len(shape)), jnp.zeros_like(tasks))
+    divisor = sum_tasks(each)
+    terms = jnp.where(mask, weigh(weigh(tasks, weights), coefficients), jnp.zeros_like(tasks))
+    return sum_tasks(terms) / jnp.where(divisor > 0, divisor, jnp.ones_like(divisor))
