@@ -215,9 +215,13 @@ _EPSILON = Hyperparameter(
     most=1,
 )
 _GAMMA = Hyperparameter(
-    "gamma", "fraction of each task's entries to drop as outliers", "number", default=0.01, least=0, below=1
+    "gamma",
+    "fraction of each task's entries to drop as outliers, as far as the density leaves it",
+    "number",
+    default=0.01,
+    least=0,
+    below=1,
 )
-_OUTLIERS_GO = {"single": "gamma drops the largest entries at a density of 1 too"}
 # Where a method looks at lengths and angles of changes.
 _WHOLE_CHANGES = ("full", "knots", "core", "ctm")
 _NO_DIRECTIONS = "it goes by singular values and directions, and those of A and of B apart are not those of the change"
@@ -287,7 +291,6 @@ METHODS: Mapping[str, Method] = {
         summary="drop each task's outliers and small entries, weighted sum",
         paper="Model Breadcrumbs, arXiv:2312.06795",
         function="jaxmerge.methods.breadcrumbs:breadcrumbs",
-        breaks=_OUTLIERS_GO,
         hyperparameters=(_DENSITY, _GAMMA),
     ),
     "breadcrumbs_ties": Method(
@@ -295,7 +298,6 @@ METHODS: Mapping[str, Method] = {
         paper="Model Breadcrumbs, arXiv:2312.06795",
         function="jaxmerge.methods.breadcrumbs:breadcrumbs_ties",
         averages=True,
-        breaks=_OUTLIERS_GO,
         hyperparameters=(_DENSITY, _GAMMA, _MAJORITY, _ELECTION, _DIVISOR),
     ),
     "sce": Method(
@@ -311,6 +313,8 @@ METHODS: Mapping[str, Method] = {
         paper="PCB-Merging, arXiv:2410.02396",
         function="jaxmerge.methods.competition:pcb",
         averages=True,
+        spaces=("full", "knots", "core", "ctm"),
+        elsewhere="its scores go by the sizes of entries, which A and B share out at will",
         breaks={
             "homogeneity": "scores go by the hyperbolic tangent of products of entries, which levels off near 1",
             "zeros": "scores are sharper the more tasks there are",
@@ -346,7 +350,7 @@ METHODS: Mapping[str, Method] = {
             "zeros": "zeros as the second adapter draw the first towards 0",
             "order": "the first adapter is the one that moves",
         },
-        hyperparameters=(Hyperparameter("t", "how far an entry may move", "number", default=1e-4, least=0),),
+        hyperparameters=(Hyperparameter("t", "how far an entry may move", "number", least=0),),
     ),
     "lego": Method(
         summary="cluster the rank-one units of all adapters; each cluster makes a unit of the result",

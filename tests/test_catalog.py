@@ -57,7 +57,7 @@ def test_equivariant_means_it_commutes_with_rotations(name):
     tasks = rng.normal(size=(3, 6, 5)).astype(np.float32)[:n]
     q, _ = np.linalg.qr(rng.normal(size=(6, 6)))
     p, _ = np.linalg.qr(rng.normal(size=(5, 5)))
-    values = {h.name: 0.5 if h.kind == "density" else h.default for h in row.hyperparameters}
+    values = {h.name: 0.5 if h.kind == "density" or h.default is None else h.default for h in row.hyperparameters}
     key = {"key": jax.random.key(0)} if row.random else {}
 
     def merged(tasks):

@@ -15,7 +15,8 @@ def breadcrumbs(task_tensors: Tasks, weights: Weights, density: ArrayLike | Dens
     """The weighted sum of tasks without their outliers and their small entries (Model Breadcrumbs, arXiv:2312.06795).
 
     Of a task's N entries the ``int(gamma * N)`` of largest magnitude are dropped, and the next ``int(density * N)``
-    kept, or what there is. So outliers go at a density of 1 too, as in the paper; mergekit then keeps everything.
+    kept. The density comes first: where the two exceed 1, which the paper's two fractions to drop cannot, fewer
+    outliers go, and none at a density of 1.
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.

@@ -8,7 +8,7 @@ from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, weigh
 
 
-def nearswap(task_tensors: Tasks, weights: Weights, t: ArrayLike = 1e-4) -> Array:
+def nearswap(task_tensors: Tasks, weights: Weights, t: ArrayLike) -> Array:
     """The first task, moved towards the second by no more than ``t`` at each entry (mergekit's nearswap).
 
     With a and b the weighted tasks this is ``(1 - s) a + s b`` for ``s = min(t / |a - b|, 1)``: b where the two are
@@ -18,7 +18,7 @@ def nearswap(task_tensors: Tasks, weights: Weights, t: ArrayLike = 1e-4) -> Arra
         task_tensors: Two arrays of one shape, or one array ``[2, ...]``. One alone, which is what is left of a module
             that only one adapter has, comes back weighted.
         weights: ``[2]``, of any sign.
-        t: A distance between entries, not negative. The default is that of the first model merged so.
+        t: A distance between entries, not negative.
 
     Returns:
         ``[...]``, float32 or wider.

@@ -32,11 +32,11 @@ def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -
 
 
 def keep_between(tasks: Array, density: ArrayLike | Density, gamma: ArrayLike) -> Between:
-    """Pruning of each task ``[n, ...]`` to what is largest behind its outliers, the fraction ``gamma`` of all."""
+    """Pruning of each task ``[n, ...]`` to what is largest behind its outliers: the fraction gamma, or what is left."""
     size = tasks.size // tasks.shape[0]
-    outliers, count = bind_density(gamma, size, "gamma").count, bind_density(density, size).count
-    end = jnp.minimum(outliers, size - count) + count
-    return Between(cut_largest(tasks, outliers, batch=1), cut_largest(tasks, end, batch=1))
+    count = bind_density(density, size).count
+    outliers = jnp.minimum(bind_density(gamma, size, "gamma").count, size - count)
+    return Between(cut_largest(tasks, outliers, batch=1), cut_largest(tasks, outliers + count, batch=1))
 
 
 def drop_by_rank(tasks: Array, density: ArrayLike | Density, epsilon: ArrayLike, key: Array | None) -> ByRank:
