@@ -62,9 +62,10 @@ class Method:
         equivariant: Whether it commutes with rotations of both sides of the tasks. In the space ``full`` it
             is then computed on the R×R core, exactly.
         random: Whether it takes a key.
-        pruning: ``"magnitude"`` or ``"random"`` where it prunes each task so and then combines them entry by entry.
-            Dense deltas are then merged a few rows at a time.
-        combine: ``module:name`` of that function ``(tasks [n, ...], weights [n], **choices) -> [...]``.
+        pruning: How it prunes each task by itself: ``"magnitude"``, ``"random"``, ``"outliers"`` (by magnitude, the
+            largest too) or ``"rank"`` (at random, by the rank in a row).
+        combine: ``module:name`` of a function ``(tasks [n, ...], weights [n], **options) -> [...]``, where it then
+            combines them entry by entry. Dense deltas are then merged a few rows at a time.
         on_units: Whether its tasks are rank-one units ``[n, r, in + out]``, a row of A beside its column of B; it takes
             ``rank``, that of the result, static under jit.
         ranked: Whether it takes ``ranks``, those of the n tasks, static under jit.
@@ -87,7 +88,7 @@ class Method:
     linear: bool = False
     equivariant: bool = False
     random: bool = False
-    pruning: Literal["", "magnitude", "random"] = ""
+    pruning: Literal["", "magnitude", "random", "outliers", "rank"] = ""
     combine: str = ""
     on_units: bool = False
     ranked: bool = False
@@ -217,10 +218,8 @@ _EPSILON = Hyperparameter(
 _GAMMA = Hyperparameter(
     "gamma",
     "fraction of each task's entries to drop as outliers, as far as the density leaves it",
-    "number",
+    "density",
     default=0.01,
-    least=0,
-    below=1,
 )
 # Where a method looks at lengths and angles of changes.
 _WHOLE_CHANGES = ("full", "knots", "core", "ctm")
@@ -278,6 +277,8 @@ METHODS: Mapping[str, Method] = {
         function="jaxmerge.methods.della:della",
         averages=True,
         random=True,
+        pruning="rank",
+        combine="jaxmerge.methods.sign_consensus:agree",
         hyperparameters=(_DENSITY, _EPSILON, _MAJORITY, _ELECTION, _DIVISOR),
     ),
     "della_linear": Method(
@@ -285,12 +286,16 @@ METHODS: Mapping[str, Method] = {
         paper="MagPrune of DELLA, arXiv:2406.11617",
         function="jaxmerge.methods.della:della_linear",
         random=True,
+        pruning="rank",
+        combine="jaxmerge.methods.arithmetic:sum_weighted",
         hyperparameters=(_DENSITY, _EPSILON),
     ),
     "breadcrumbs": Method(
         summary="drop each task's outliers and small entries, weighted sum",
         paper="Model Breadcrumbs, arXiv:2312.06795",
         function="jaxmerge.methods.breadcrumbs:breadcrumbs",
+        pruning="outliers",
+        combine="jaxmerge.methods.arithmetic:sum_weighted",
         hyperparameters=(_DENSITY, _GAMMA),
     ),
     "breadcrumbs_ties": Method(
@@ -298,6 +303,8 @@ METHODS: Mapping[str, Method] = {
         paper="Model Breadcrumbs, arXiv:2312.06795",
         function="jaxmerge.methods.breadcrumbs:breadcrumbs_ties",
         averages=True,
+        pruning="outliers",
+        combine="jaxmerge.methods.sign_consensus:agree",
         hyperparameters=(_DENSITY, _GAMMA, _MAJORITY, _ELECTION, _DIVISOR),
     ),
     "sce": Method(
@@ -325,6 +332,7 @@ METHODS: Mapping[str, Method] = {
         summary="weighted sum of the entries that several tasks use",
         paper="Consensus merging with TALL masks, arXiv:2405.07813",
         function="jaxmerge.methods.masks:consensus",
+        combine="jaxmerge.methods.masks:sum_used",
         hyperparameters=(
             Hyperparameter(
                 "threshold",
@@ -341,6 +349,7 @@ METHODS: Mapping[str, Method] = {
         paper="nearswap in mergekit, https://github.com/arcee-ai/mergekit",
         function="jaxmerge.methods.nearswap:nearswap",
         averages=True,
+        combine="jaxmerge.methods.nearswap:move",
         spaces=("full",),
         elsewhere="t is a distance between entries of the weight change",
         least=2,

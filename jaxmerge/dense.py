@@ -283,7 +283,7 @@ def merge_entries(passes: DeltaPasses, weights: Array, pruning: Any, combine: Ca
     Args:
         passes: Over the deltas of n tasks.
         weights: ``[n]``.
-        pruning: `jaxmerge.sparsify.Largest` or `AtRandom`, of each task.
+        pruning: Of each task, one of `jaxmerge.sparsify`; None leaves them whole.
         combine: ``(tasks [n, ...], weights [n]) -> [...]``, entry by entry.
 
     Returns:
@@ -293,7 +293,8 @@ def merge_entries(passes: DeltaPasses, weights: Array, pruning: Any, combine: Ca
 
     def of_block(i: Array) -> Array:
         index = passes.index(i)
-        merged = combine(pruning.apply(passes.block(i), index), weights)
+        tasks = passes.block(i)
+        merged = combine(tasks if pruning is None else pruning.apply(tasks, index), weights)
         return jnp.where(index < cut.size, merged, jnp.zeros_like(merged))
 
     blocks = lax.map(of_block, jnp.arange(passes.b.shape[0], dtype=jnp.int32))

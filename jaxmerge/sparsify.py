@@ -38,14 +38,14 @@ class Density:
     cut: Cut | None = None
 
 
-def bind_density(density: "ArrayLike | Density", size: int, name: str = "Density") -> Density:
+def bind_density(density: "ArrayLike | Density", size: int | np.ndarray, name: str = "Density") -> Density:
     """Turns a density into the number of survivors among ``size`` entries.
 
     Args:
         density: Fraction to keep. A Python or NumPy number gives ``int(density * size)`` in float64, as PEFT
             does; a JAX array gives the same in its own precision, normally float32, where
             ``0.29 * 100`` is 29 and not 28. 1 and above keep everything.
-        size: Number of entries, below 2**31.
+        size: Number of entries, below 2**31; or an array of such numbers, each with a count of its own.
         name: What errors call it.
 
     Returns:
@@ -56,16 +56,16 @@ def bind_density(density: "ArrayLike | Density", size: int, name: str = "Density
     """
     if isinstance(density, Density):
         return density
-    if size >= 2**31:
-        raise ValueError(f"a tensor of {size} entries is too large to prune: the limit is 2**31 - 1")
+    if np.max(size) >= 2**31:
+        raise ValueError(f"a tensor of {np.max(size)} entries is too large to prune: the limit is 2**31 - 1")
     _check_density(density, name)
     if isinstance(density, jax.Array):
         value = jnp.asarray(density, promote(density.dtype, jnp.float32))
         count = jnp.floor(jnp.clip(value, 0, 1) * jnp.asarray(size, value.dtype))
         return Density(value, jnp.minimum(count.astype(jnp.int32), size))
     number = float(np.asarray(density))
-    count = size if number >= 1 else int(number * size)
-    return Density(jnp.asarray(number, float), jnp.asarray(count, jnp.int32))
+    count = size if number >= 1 else np.floor(number * np.asarray(size, np.float64))
+    return Density(jnp.asarray(number, float), jnp.asarray(np.asarray(count, np.int32)))
 
 
 def _check_density(density: ArrayLike, name: str) -> None:
@@ -138,6 +138,14 @@ def round_to(array: Array, dtype: DTypeLike) -> Array:
         steps = lax.round(array / step, lax.RoundingMethod.TO_NEAREST_EVEN)
         rounded = jnp.where(jnp.abs(array) < jnp.asarray(info.tiny, array.dtype), steps * step, rounded)
     return rounded.astype(dtype)
+
+
+def times(x: Array, y: Array) -> Array:
+    """``x * y``, of one dtype, rounded before anything is added to it."""
+    product = round_to(x * y, x.dtype)
+    # The choice changes no value. It keeps the compiler from fusing the product with the sum that follows, with one
+    # rounding for both: it would do so or not depending on the sharding.
+    return jnp.where(jnp.isnan(x), x, product)
 
 
 def need_key(key: Array | None, what: str) -> Array:
@@ -259,13 +267,23 @@ class ByRank:
         length = tensor.shape[-1] if tensor.ndim else 1
         density = jnp.clip(self.density.astype(jnp.float32), 0, 1)
         half = jnp.minimum(self.epsilon.astype(jnp.float32) / 2, jnp.minimum(density, 1 - density))
-        # For each rank once, and then moved to its entry: the same bits wherever it lies.
-        ranked = density + half * jnp.linspace(-1 if length > 1 else 0, 1, length, dtype=jnp.float32)
+        # For each rank once, and then moved to its entry.
+        offsets = np.linspace(-1, 1, length) if length > 1 else np.zeros(length)
+        ranked = density + times(half, jnp.asarray(offsets, jnp.float32))
         if not tensor.ndim:
             return ranked[0]
         order = jnp.argsort(jnp.abs(lax.stop_gradient(tensor)), axis=-1)
         ranked = jnp.broadcast_to(jnp.clip(ranked, 0, 1), tensor.shape)
         return jnp.put_along_axis(jnp.zeros_like(ranked), order, ranked, axis=-1, inplace=False)
+
+
+Pruning = Largest | Between | AtRandom | ByRank
+
+
+def outlier_counts(count: Array, outliers: Array, size: int) -> tuple[Array, Array]:
+    """How many entries lie before the cuts of `Between`: the outliers, as many as ``count`` leaves, and with those."""
+    outliers = jnp.minimum(outliers, size - count)
+    return outliers, outliers + count
 
 
 def _uniform(keys: Array, index: Array) -> Array:

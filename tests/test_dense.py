@@ -11,41 +11,51 @@ import jaxmerge as jm
 from jaxmerge import dense
 from jaxmerge.lowrank import Matrix, truncated_svd
 from jaxmerge.selection import search
-from jaxmerge.sparsify import AtRandom, Largest
+from jaxmerge.sparsify import AtRandom, Between, ByRank, Largest
 
 
 def factors(p, q, r=3, n=3):
     """Of small integers: products are exact, however they are summed, and full of ties."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(-3, 4, (n, r, q)), rng.integers(-3, 4, (n, p, r))
-    return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.asarray([1.0, 0.5, 2.0])
+    return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.asarray([1.0, 0.5, 2.0])[:n]
 
 
 @pytest.mark.parametrize("method", [name for name, row in jm.METHODS.items() if row.combine])
 @pytest.mark.parametrize("shape", [(7, 5), (100, 30), (257, 190), (64, 1000)])
 def test_blocks_give_what_whole_deltas_give(method, shape):
     row = jm.METHODS[method]
-    a, b, scales = factors(*shape)
-    weights, density = jnp.asarray([1.0, -0.5, 2.0]), 0.3
-    keys = jax.random.split(jax.random.key(0), 3)
+    n = row.most or 3
+    a, b, scales = factors(*shape, n=n)
+    weights, size = jnp.asarray([1.0, -0.5, 2.0])[:n], shape[0] * shape[1]
+    keys = jax.random.split(jax.random.key(0), n)
     deltas = scales[:, None, None] * (b @ a)
-    expected = row.load()(deltas, weights, density, **({"key": keys} if row.random else {}))
-    choices = {h.name: h.default for h in row.hyperparameters if h.kind == "choice"}
+    numbers = {"density": 0.3, "gamma": 0.1, "epsilon": 0.2, "threshold": 0.4, "t": 0.5}
+    options = {h.name: numbers.get(h.name, h.default) for h in row.hyperparameters}
+    expected = row.load()(deltas, weights, **options, **({"key": keys} if row.random else {}))
+    density, gamma, epsilon = (options.pop(name, None) for name in ("density", "gamma", "epsilon"))
     for entries in (64, 2000, 2**18):
 
         @jax.jit
-        def merged(a, b, entries=entries):
+        def merged(a, b, epsilon, entries=entries):
             passes = dense.delta_passes(a, b, scales, dense.cut_rows(shape, entries))
-            if row.pruning == "magnitude":
-                count = jnp.full((3,), int(density * a.shape[2] * b.shape[1]), jnp.int32)
-                pruning = Largest(search(passes, count, passes.guess(count)))
-            else:
-                pruning = AtRandom(jnp.float32(density), jnp.asarray(True), keys)
+
+            def cut(count):
+                count = jnp.full((n,), count, jnp.int32)
+                return search(passes, count, passes.guess(count))
+
+            pruning = {
+                "": lambda: None,
+                "magnitude": lambda: Largest(cut(int(density * size))),
+                "outliers": lambda: Between(cut(int(gamma * size)), cut(int(gamma * size) + int(density * size))),
+                "random": lambda: AtRandom(jnp.float32(density), jnp.asarray(True), keys),
+                "rank": lambda: ByRank(jnp.float32(density), epsilon, keys),
+            }[row.pruning]()
             return dense.merge_entries(
-                passes, weights, pruning, functools.partial(row.load_combine(), **choices)
+                passes, weights, pruning, functools.partial(row.load_combine(), **options)
             ).whole()
 
-        np.testing.assert_array_equal(merged(a, b), expected)
+        np.testing.assert_array_equal(merged(a, b, jnp.float32(epsilon or 0)), expected)
 
 
 def spectrum(kind, p, q):

@@ -405,7 +405,7 @@ def test_outliers_go_as_far_as_the_density_leaves_it():
         np.testing.assert_array_equal(got != 0, largest(tasks[0], int(density * 100), outliers))
     np.testing.assert_array_equal(breadcrumbs(tasks, weights, 0.5, 0.0), jm.magnitude_prune(tasks, weights, 0.5))
     np.testing.assert_array_equal(breadcrumbs_ties(tasks, weights, 0.5, 0.0), jm.ties(tasks, weights, 0.5))
-    with pytest.raises(ValueError, match="gamma should be >= 0, got -1"):
+    with pytest.raises(ValueError, match="Gamma should be >= 0, got -1"):
         breadcrumbs(tasks, weights, 0.5, -1.0)
 
 
@@ -518,6 +518,23 @@ def test_choices_reach_the_dense_changes(election, divisor):
     merged = jm.merge(adapters, weights, method="ties", density=0.4, rank=16, **given)
     wanted = reference_ties(tasks, weights, 0.4, "total", election, divisor)
     assert relative_error(delta64(merged.modules["q"]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "grid"), [
+    ("breadcrumbs", {"density": [0.3, 0.6], "gamma": [0.0, 0.2]}),
+    ("della_linear", {"density": [0.3, 0.6], "epsilon": [0.0, 0.4]}),
+    ("consensus", {"threshold": [0.2, 0.9]}),
+    ("nearswap", {"t": [0.1, 0.5]}),
+])  # fmt: skip
+def test_settings_of_a_sweep_are_merges(name, grid):
+    adapters = adapters_of(2)
+    key = {"key": KEY} if jm.METHODS[name].random else {}
+    options = {"weights": [0.7, -0.4], "method": name, "rank": 16, **key}
+    found = jm.sweep(adapters, lambda merged: jm.delta(merged.modules["q"]), grid, **options)
+    assert len(found.settings) == np.prod([len(values) for values in grid.values()])
+    for setting, score in zip(found.settings, found.scores, strict=True):
+        merged = jm.merge(adapters, **options, **{number: setting[number] for number in grid})
+        assert relative_error(score, delta64(merged.modules["q"])) < 1e-5
 
 
 # mergekit 0.1.5 (scripts/make_mergekit_golden.py)

@@ -117,7 +117,7 @@ def hyperparameter_problem(user: str, hyperparameter: Hyperparameter, value: Any
         return [f"{name} {value!r} is not one of {', '.join(hyperparameter.choices)}"]
     if hyperparameter.kind == "density":
         try:
-            bind_density(value, 1)
+            bind_density(value, 1, name.capitalize())
         except ValueError as error:
             return [str(error)]
     if hyperparameter.kind in ("number", "count"):

@@ -21,9 +21,10 @@ from jaxmerge.base import Array, on_host
 from jaxmerge.catalog import METHODS, SPACES, Hyperparameter, Method
 from jaxmerge.lowrank import balanced, truncated_svd
 from jaxmerge.merging.staging import Stage, apply
+from jaxmerge.methods.pruning import OF_PRUNING, cut_counts, pruning_of
 from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
-from jaxmerge.sparsify import AtRandom, Density, Largest, bind_density, round_to
+from jaxmerge.sparsify import Density, bind_density, round_to
 
 
 @dataclass(frozen=True)
@@ -372,21 +373,20 @@ def _merge_in_blocks(
     a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
     b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
     passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, pace.block, axes, shards))
-    if row.pruning == "magnitude":
-        (bound,) = settings.numbers
+    (bound,) = settings.numbers
+    if counts := cut_counts(row.pruning, bound, passes.size):
         # One search for all settings: their thresholds are compared with each block while it is there.
-        count = jnp.broadcast_to(bound["density"].count[:, None], (settings.weights.shape[0], n))
-        settings = settings._replace(numbers=[_with_cut(bound, search(passes, count, passes.guess(count)))])
-    options = program.method_options(settings.numbers[0])
-    choices = {h.name: options[h.name] for h in row.hyperparameters if not h.traceable}
-    combine = functools.partial(row.load_combine(), **choices)
+        count = jnp.broadcast_to(jnp.concatenate(counts)[:, None], (len(counts) * settings.weights.shape[0], n))
+        cuts = search(passes, count, passes.guess(count))
+        cuts = jax.tree.map(lambda x: x.reshape(len(counts), -1, n).swapaxes(0, 1), cuts)
+        settings = settings._replace(numbers=[_with_cut(bound, cuts)])
 
     def merge(setting: _Setting) -> spaces.Lifted:
-        density = setting.numbers[0]["density"]
-        if density.cut is not None:
-            pruning = Largest(density.cut)
-        else:
-            pruning = AtRandom(density.value, jnp.asarray(True), _set_keys(setting.keys, 0))
+        options = program.method_options(setting.numbers[0])
+        of_pruning = {name: options.pop(name) for name in OF_PRUNING[row.pruning]}
+        keys = None if setting.keys is None else _set_keys(setting.keys, 0)
+        pruning = pruning_of(row.pruning, keys, **of_pruning)
+        combine = functools.partial(row.load_combine(), **options)
         u, s, vt, energy = truncated_svd(dense.merge_entries(passes, setting.weights, pruning, combine), bucket.rank)
         return staged(spaces.Lifted(*balanced(u[: bucket.features[0]], s, vt), energy), setting)
 

@@ -11,7 +11,9 @@ from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide
 from jaxmerge.sparsify import Density
 
 
-def breadcrumbs(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density, gamma: ArrayLike = 0.01) -> Array:
+def breadcrumbs(
+    task_tensors: Tasks, weights: Weights, density: ArrayLike | Density, gamma: ArrayLike | Density = 0.01
+) -> Array:
     """The weighted sum of tasks without their outliers and their small entries (Model Breadcrumbs, arXiv:2312.06795).
 
     Of a task's N entries the ``int(gamma * N)`` of largest magnitude are dropped, and the next ``int(density * N)``
@@ -38,7 +40,7 @@ def breadcrumbs_ties(
     task_tensors: Tasks,
     weights: Weights,
     density: ArrayLike | Density,
-    gamma: ArrayLike = 0.01,
+    gamma: ArrayLike | Density = 0.01,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",

@@ -9,9 +9,9 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import sum_tasks
-from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, times, weigh
+from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, weigh
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import Density, bind_density
+from jaxmerge.sparsify import Density, bind_density, times
 
 # Of what is kept at all, the least that it counts for.
 _LEAST_SHARE = 2.0**-23

@@ -1,6 +1,5 @@
 """Masks of the entries that tasks use: Consensus merging with TALL masks (arXiv:2405.07813)."""
 
-import functools
 import operator
 
 import jax
@@ -36,12 +35,25 @@ def consensus(task_tensors: Tasks, weights: Weights, threshold: ArrayLike = 0.4,
     if isinstance(agreeing, bool) or operator.index(agreeing) < 1:
         raise ValueError(f"agreeing should be a whole number from 1, got {agreeing!r}")
     tasks = stack_wide(task_tensors)
-    return _consensus(tasks, as_weights(weights, tasks), jnp.asarray(threshold, tasks.dtype), operator.index(agreeing))
+    return _combine(tasks, as_weights(weights, tasks), jnp.asarray(threshold, tasks.dtype), operator.index(agreeing))
 
 
-@functools.partial(jax.jit, static_argnames="agreeing")
-def _consensus(tasks: Array, weights: Array, threshold: Array, agreeing: int) -> Array:
+def sum_used(tasks: Array, weights: Array, threshold: Array, agreeing: int) -> Array:
+    """The weighted sum where enough tasks use it, entry by entry; the arguments are those of `consensus`.
+
+    Args:
+        tasks: ``[n, ...]``.
+        weights: ``[n]``.
+        threshold: Scalar.
+        agreeing: From 1.
+
+    Returns:
+        ``[...]``.
+    """
     used = jnp.abs(tasks) > threshold * jnp.abs(sum_tasks(tasks) - tasks)
     kept = jnp.sum(used, axis=0, dtype=jnp.int32) >= min(agreeing, tasks.shape[0])
     merged = sum_weighted(tasks, weights)
     return jnp.where(kept, merged, jnp.zeros_like(merged))
+
+
+_combine = jax.jit(sum_used, static_argnames="agreeing")

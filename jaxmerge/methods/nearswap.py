@@ -29,12 +29,24 @@ def nearswap(task_tensors: Tasks, weights: Weights, t: ArrayLike) -> Array:
     tasks = stack_wide(task_tensors)
     if tasks.shape[0] > 2:
         raise ValueError(f"nearswap takes two tasks, got {tasks.shape[0]}")
-    return _nearswap(tasks, as_weights(weights, tasks), jnp.asarray(t, tasks.dtype))
+    return _combine(tasks, as_weights(weights, tasks), jnp.asarray(t, tasks.dtype))
 
 
-@jax.jit
-def _nearswap(tasks: Array, weights: Array, t: Array) -> Array:
+def move(tasks: Array, weights: Array, t: Array) -> Array:
+    """The first weighted task, moved towards the last by no more than ``t``, entry by entry.
+
+    Args:
+        tasks: ``[n, ...]``.
+        weights: ``[n]``.
+        t: Scalar.
+
+    Returns:
+        ``[...]``.
+    """
     weighed = weigh(tasks, weights)
-    first, second = weighed[0], weighed[-1]
-    step = second - first
-    return jnp.where(jnp.abs(step) <= t, second, first + jnp.sign(step) * t)
+    first, last = weighed[0], weighed[-1]
+    step = last - first
+    return jnp.where(jnp.abs(step) <= t, last, first + jnp.sign(step) * t)
+
+
+_combine = jax.jit(move)

@@ -4,7 +4,7 @@ Pruning and combining are one fused pass. Since neither looks beyond an entry, t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,47 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import task_keys
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import AtRandom, Between, ByRank, Density, Largest, bind_density, need_key
+from jaxmerge.sparsify import (
+    AtRandom,
+    Between,
+    ByRank,
+    Density,
+    Largest,
+    Pruning,
+    bind_density,
+    need_key,
+    outlier_counts,
+)
 
-Pruning = Largest | Between | AtRandom | ByRank
+# The hyperparameters that say how to prune; the others say how to combine.
+OF_PRUNING = {
+    "": (),
+    "magnitude": ("density",),
+    "outliers": ("density", "gamma"),
+    "random": ("density",),
+    "rank": ("density", "epsilon"),
+}
+
+
+def cut_counts(kind: str, bound: Mapping[str, Any], size: int) -> list[Array]:
+    """How many of the largest entries there are before each cut, ``[S]``; no counts where nothing is cut."""
+    if kind == "magnitude":
+        return [bound["density"].count]
+    if kind == "outliers":
+        return list(outlier_counts(bound["density"].count, bound["gamma"].count, size))
+    return []
+
+
+def pruning_of(kind: str, keys: Any, density: Any = None, gamma: Any = None, epsilon: Any = None) -> Pruning | None:
+    """The pruning of a row's kind, once the density's cuts ``[k, n]`` have been found."""
+    del gamma  # It is in the cuts.
+    if kind == "magnitude":
+        return Largest(jax.tree.map(lambda x: x[0], density.cut))
+    if kind == "outliers":
+        return Between(*(jax.tree.map(lambda x, i=i: x[i], density.cut) for i in range(2)))
+    if kind == "random":
+        return AtRandom(density.value, jnp.asarray(True), keys)
+    return ByRank(density.value, epsilon, keys) if kind == "rank" else None
 
 
 def keep_largest(tasks: Array, density: ArrayLike | Density) -> Largest:
@@ -31,12 +69,11 @@ def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -
     return AtRandom(bound.value, jnp.asarray(True), task_keys(need_key(key, "DARE"), tasks.shape[0]))
 
 
-def keep_between(tasks: Array, density: ArrayLike | Density, gamma: ArrayLike) -> Between:
+def keep_between(tasks: Array, density: ArrayLike | Density, gamma: ArrayLike | Density) -> Between:
     """Pruning of each task ``[n, ...]`` to what is largest behind its outliers: the fraction gamma, or what is left."""
     size = tasks.size // tasks.shape[0]
-    count = bind_density(density, size).count
-    outliers = jnp.minimum(bind_density(gamma, size, "gamma").count, size - count)
-    return Between(cut_largest(tasks, outliers, batch=1), cut_largest(tasks, outliers + count, batch=1))
+    count, outliers = bind_density(density, size).count, bind_density(gamma, size, "Gamma").count
+    return Between(*(cut_largest(tasks, end, batch=1) for end in outlier_counts(count, outliers, size)))
 
 
 def drop_by_rank(tasks: Array, density: ArrayLike | Density, epsilon: ArrayLike, key: Array | None) -> ByRank:

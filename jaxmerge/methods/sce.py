@@ -8,9 +8,9 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import majority_sign_mask, sum_tasks
-from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, sum_entries, times, weigh
+from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, sum_entries, weigh
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import Density, bind_density
+from jaxmerge.sparsify import Density, bind_density, times
 
 
 def sce(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density = 0.1) -> Array:

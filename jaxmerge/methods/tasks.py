@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array, promote
 from jaxmerge.consensus import stacked
-from jaxmerge.sparsify import as_floating, round_to
+from jaxmerge.sparsify import as_floating, times
 
 Tasks = Array | Sequence[ArrayLike]
 Weights = Array | Sequence[ArrayLike]
@@ -85,14 +85,6 @@ def weigh(tasks: Array, weights: Array) -> Array:
     dtype = promote(tasks.dtype, weights.dtype)
     shape = weights.shape + (1,) * (tasks.ndim - 1)
     return times(tasks.astype(dtype), weights.astype(dtype).reshape(shape))
-
-
-def times(x: Array, y: Array) -> Array:
-    """``x * y``, of one dtype, rounded before anything is added to it."""
-    product = round_to(x * y, x.dtype)
-    # The choice changes no value. It keeps the compiler from fusing the product with the sum that follows, with one
-    # rounding for both: it would do so or not depending on the sharding.
-    return jnp.where(jnp.isnan(x), x, product)
 
 
 def sum_entries(tasks: Array) -> Array:
