@@ -1,11 +1,14 @@
 """The benchmark: jaxmerge and its peers on the same inputs in one run, as ratios. Called by scripts/bench.
 
-    scripts/bench [--parts types prune cli sweep devices] [--adapters 4 8] [--densities 0.2 0.5] [--readme]
+    scripts/bench [--parts types prune cli sweep devices grid] [--adapters 4 8] [--densities 0.2 0.5] [--readme]
 
 Merges are of random rank-16 adapters with the shapes of Llama-3-8B (all seven linear layers), measured on two layers
 and scaled to its 32. PEFT runs its own ``add_weighted_adapter`` on a model of the same shapes. Its ``*_svd`` types are
 measured per shape: the kernel on the dense deltas, and one ``torch.linalg.svd`` as PEFT calls it. Modules 14336 wide
 are scaled from 4096×4096 by the number of operations, since one of their decompositions takes an hour.
+
+The grid has every method in its spaces, on the same two layers and scaled, beside the plain way on one 4096×4096
+module: dense changes in NumPy, merged by ``linear`` or cut by one decomposition.
 
 Every measurement runs in a process of its own, so that its peak memory is its own. Results go to
 .bench/results.json, and with --readme into the table of README.md.
@@ -272,6 +275,43 @@ def spreading(kind: str, n: int, density: float, modules: int) -> dict[str, Any]
     return {"devices": found}
 
 
+def in_the_grid(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """What a method takes in a space on two layers."""
+    import jax
+
+    import jaxmerge as jm
+
+    del modules
+    method, space = kind.split("/")
+    row = jm.METHODS[method]
+    adapters = [
+        jm.Adapter({name: jm.LoRA(a, b, ALPHA / RANK) for name, (a, b) in one.items()})
+        for one in factors(n, layers(MEASURED))
+    ]
+    arguments: dict[str, Any] = {
+        h.name: density for h in row.hyperparameters if h.kind == "density" and h.default is None
+    }
+    arguments |= {h.name: 1e-4 for h in row.hyperparameters if h.kind == "number" and h.default is None}
+    if row.random:
+        arguments["key"] = jax.random.key(0)
+
+    def merge() -> None:
+        jax.block_until_ready(jm.merge(adapters, method=method, space=space, **arguments))
+
+    cold = seconds(merge, 1)
+    return {"cold": cold, "warm": cold if cold > 60 else seconds(merge, 1 if cold > 10 else 3), "peak": _peak()}
+
+
+def plain_way(kind: str, n: int, density: float, modules: int) -> dict[str, Any]:
+    """The dense changes of one 4096×4096 module, their sum, and one decomposition of it, in NumPy."""
+    del kind, density, modules
+    shape = SHAPES["self_attn.q_proj"]
+    pairs = [one["q"] for one in factors(n, {"q": shape})]
+    summing = seconds(lambda: sum((b @ a) * (ALPHA / RANK) for a, b in pairs), 3)
+    total = sum((b @ a) * (ALPHA / RANK) for a, b in pairs)
+    return {"sum": summing, "svd": seconds(lambda: np.linalg.svd(total, full_matrices=False), 1), "peak": _peak()}
+
+
 def _peak() -> float:
     """The process's largest resident memory so far, in MB."""
     # Kilobytes on Linux, bytes on macOS.
@@ -438,6 +478,44 @@ def bench_devices(options: argparse.Namespace, results: dict[str, Any]) -> None:
             print(f"{kind:16} on {count} devices: {', '.join(f'{k} {v}' for k, v in what.items())}", flush=True)
 
 
+def bench_grid(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Every method in its spaces, seconds for the whole model and peak memory."""
+    from jaxmerge.catalog import METHODS
+
+    rows, scale = [], LAYERS / MEASURED
+    results["grid"] = {"rows": rows}
+    for n in options.adapters:
+        results["grid"][f"plain way, N={n}"] = plain = measured("plain_way", n=n)
+        print(
+            f"4096×4096 alone, dense, N={n}: sum {plain['sum']:.2f} s, decomposition {plain['svd']:.1f} s", flush=True
+        )
+        for method, row in METHODS.items():
+            count = n if row.most is None else min(n, row.most)
+            for space in row.spaces:
+                if space not in options.spaces:
+                    continue
+                mine = measured("in_the_grid", f"{method}/{space}", count, 0.5)
+                rows.append({"method": method, "space": space, "n": count, **mine})
+                print(
+                    f"{method:18} {space:8} N={count}  whole model {scale * mine['warm']:7.1f} s "
+                    f"(two layers, first call {mine['cold']:5.1f} s), {mine['peak']:5.0f} MB",
+                    flush=True,
+                )
+
+
+def grid_table(results: dict[str, Any]) -> str:
+    """The README's table of methods and spaces."""
+    rows = results["grid"]["rows"]
+    n = max(row["n"] for row in rows if row["method"] == "linear")
+    spaces = list(dict.fromkeys(row["space"] for row in rows))
+    lines = ["| method | " + " | ".join(spaces) + " |", "|---" * (len(spaces) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["space"]: row for row in rows if row["method"] == method and row["n"] in (n, 2)}
+        cells = [f"{LAYERS / MEASURED * own[space]['warm']:.1f}" if space in own else "" for space in spaces]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(results: dict[str, Any]) -> str:
     """The README's table of combination types."""
     lines = [
@@ -459,22 +537,29 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_readme(results: dict[str, Any]) -> None:
-    """Puts the table between its marks in README.md."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- bench -->\n")
-    _, end, after = rest.partition("<!-- /bench -->")
-    if not end:
-        raise SystemExit("README.md has no marks for the table")
-    readme.write_text(f"{before}<!-- bench -->\n{table(results)}\n{end}{after}")
+    """Puts the tables between their marks in README.md."""
+    readme, tables = ROOT / "README.md", {"types": ("bench", table), "grid": ("grid", grid_table)}
+    for part, (mark, make) in tables.items():
+        if part not in results:
+            continue
+        before, _, rest = readme.read_text().partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition(f"<!-- /{mark} -->")
+        if not end:
+            raise SystemExit(f"README.md has no marks for the table of {part}")
+        readme.write_text(f"{before}<!-- {mark} -->\n{make(results)}\n{end}{after}")
 
 
-MEASUREMENTS = {f.__name__: f for f in (ours, peft_factors, peft_dense, torch_svd, pruning, sweeping, spreading)}
+MEASUREMENTS = {
+    f.__name__: f
+    for f in (ours, peft_factors, peft_dense, torch_svd, pruning, sweeping, spreading, in_the_grid, plain_way)
+}
 PARTS = {
     "types": bench_types,
     "prune": bench_prune,
     "cli": bench_cli,
     "sweep": bench_sweep,
     "devices": bench_devices,
+    "grid": bench_grid,
 }
 
 
@@ -489,6 +574,12 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--whole", nargs="*", default=["svd", "ties"], help="types to merge a whole model with")
+    parser.add_argument(
+        "--spaces",
+        nargs="+",
+        default=["factors", "knots", "core", "ctm"],
+        help="of the grid; full takes minutes a cell",
+    )
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the whole model")
     parser.add_argument("--readme", action="store_true", help="write the table of types into README.md")
     options = parser.parse_args()
@@ -499,7 +590,7 @@ def main() -> None:
     for part in options.parts:
         PARTS[part](options, results)
         target.write_text(json.dumps(results, indent=1) + "\n")
-    if options.readme and "types" in results:
+    if options.readme:
         write_readme(results)
 
 

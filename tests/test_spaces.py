@@ -215,3 +215,98 @@ def test_a_sweep_over_what_a_space_takes():
 def test_options_of_spaces_are_checked(arguments, words):
     with pytest.raises(ValueError, match=words):
         jm.merge(adapters(), **arguments)
+
+
+MODULES = {"q": (20, 16), "k": (12, 16), "o": (16, 24)}
+
+
+def cohort():
+    rng = np.random.default_rng(1)
+    return [
+        jm.Adapter(
+            {
+                name: jm.LoRA(
+                    rng.normal(size=(3, i)).astype(np.float32) * size, rng.normal(size=(o, 3)).astype(np.float32), 0.5
+                )
+                for size, (name, (o, i)) in enumerate(MODULES.items(), 1)
+                if not (missing and name == "k")
+            }
+        )
+        for missing in (False, False, True)
+    ]
+
+
+def tasks64(source, space):
+    """What is trimmed of one adapter, module by module."""
+    loras = {name: (np.asarray(x.a, np.float64), np.asarray(x.b, np.float64)) for name, x in source.modules.items()}
+    return {name: [a, b] if space == "factors" else [0.5 * b @ a] for name, (a, b) in loras.items()}
+
+
+@pytest.mark.parametrize("space", ["full", "factors"])
+@pytest.mark.parametrize("density", [0.25, 0.45, 1.0])
+def test_a_density_of_the_whole_model(space, density):
+    sources = cohort()
+    rank = 16 if space == "full" else None  # Nothing is cut.
+    arguments = {"method": "magnitude_prune", "space": space, "density": density, "rank": rank}
+    merged = jm.merge(sources, [1.0, 0.5, 2.0], density_scope="model", **arguments)
+    by_module = jm.merge(sources, [1.0, 0.5, 2.0], **arguments)
+    kept = []
+    for source in sources:
+        tasks = tasks64(source, space)
+        entries = np.sort(np.abs(np.concatenate([x.ravel() for parts in tasks.values() for x in parts])))[::-1]
+        threshold = entries[int(density * entries.size) - 1] * (1 - 1e-6)
+        kept.append({name: [np.where(np.abs(x) >= threshold, x, 0) for x in parts] for name, parts in tasks.items()})
+    for name in MODULES:
+        there = [(w, parts[name]) for w, parts in zip([1.0, 0.5, 2.0], kept, strict=True) if name in parts]
+        if space == "full":
+            expected = sum(weight * parts[0] for weight, parts in there)
+        else:
+            root = [np.sqrt(0.5 * weight) for weight, _ in there]
+            a, b = (sum(r * parts[i] for r, (_, parts) in zip(root, there, strict=True)) for i in range(2))
+            expected = b @ a
+        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+    apart = relative_error(delta64(by_module.modules["q"]), delta64(merged.modules["q"]))
+    assert (apart < 1e-5) if density == 1 else (apart > 0.05)
+
+
+@pytest.mark.parametrize(("space", "method"), [("knots", "ties"), ("core", "ties"), ("ctm", "magnitude_prune")])
+def test_a_density_of_the_whole_model_in_shared_bases(space, method):
+    sources = cohort()
+    one = jm.merge(sources, method=method, space=space, density=0.3, density_scope="model")
+    assert all(np.isfinite(delta64(lora)).all() for lora in one.modules.values())
+    # Of a model of one module it is the same as of the module.
+    alone = [jm.Adapter({"q": source.modules["q"]}) for source in sources]
+    whole, own = (
+        jm.merge(alone, method=method, space=space, density=0.3, density_scope=s) for s in ("model", "module")
+    )
+    assert relative_error(delta64(whole.modules["q"]), delta64(own.modules["q"])) < 1e-5
+
+
+def test_stacked_layers_count_as_modules():
+    sources = [adapter_of_layers(seed) for seed in range(2)]
+    apart = [
+        jm.Adapter({f"m{i}": jm.LoRA(x.a[i], x.b[i], x.scale) for i in range(2)})
+        for x in (source.modules["m"] for source in sources)
+    ]
+    arguments = {"method": "ties", "density": 0.3, "rank": 6, "density_scope": "model"}
+    stacked, unstacked = jm.merge(sources, **arguments), jm.merge(apart, **arguments)
+    for i in range(2):
+        assert relative_error(jm.delta(stacked.modules["m"])[i], jm.delta(unstacked.modules[f"m{i}"])) < 1e-5
+
+
+def adapter_of_layers(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, 3, 16)).astype(np.float32), rng.normal(size=(2, 20, 3)).astype(np.float32)
+    return jm.Adapter({"m": jm.LoRA(a, b, 0.5)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "ties", "density": 0.3, "density_scope": "all"}, "density_scope 'all' is not one of"),
+        ({"method": "linear", "density_scope": "model"}, "method linear does not cut at a magnitude"),
+    ],
+)
+def test_scopes_are_checked(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        jm.merge(cohort(), **arguments)

@@ -127,6 +127,12 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     cut = parser.add_argument_group("how each module is cut at the end, by its singular values σ, in place of --rank")
     _add_rules(cut)
     cut.add_argument("--max-rank", type=_count, metavar="M", help="the most that such a rule may find")
+    how.add_argument(
+        "--density-scope",
+        choices=("module", "model"),
+        default="module",
+        help="whether a density is of each module, as in PEFT, or of the whole model, as in the TIES paper (module)",
+    )
     what = parser.add_argument_group("what is written")
     what.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the result (the sources')")
     _add_format(what, required=False)

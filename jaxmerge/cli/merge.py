@@ -112,6 +112,7 @@ def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "key": None if options.seed is None else jax.random.key(options.seed),
         "extras": _extras(options),
         "stages": options.stages,
+        "density_scope": options.density_scope,
         "allow_different_bases": options.allow_different_bases,
         **placing(options),
         **given,

@@ -11,6 +11,7 @@ from jaxmerge.base import Adapter, Array
 from jaxmerge.extras import Extras
 from jaxmerge.merging.checks import Weights
 from jaxmerge.merging.plan import plan_merge
+from jaxmerge.merging.scope import DensityScope
 from jaxmerge.merging.staging import StageLike
 
 __all__ = ["lower", "merge", "plan_merge"]
@@ -31,6 +32,7 @@ def merge(
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
     stages: Sequence[StageLike] = (),
+    density_scope: DensityScope = "module",
     allow_different_bases: bool = False,
     **hyperparameters: Any,
 ) -> Adapter:
@@ -60,6 +62,8 @@ def merge(
         stages: What is done to each module's merge, in this order and before it is cut to its rank: names in `STAGES`,
             or pairs of a name and its hyperparameters, as in ``["calibrate", ("scale", {"factor": 0.7})]``. Where the
             merge is of full rank, as that of entrywise methods in the space ``full`` is, it is cut first.
+        density_scope: For methods that keep the largest entries: ``"module"`` keeps a fraction of each module's, as
+            PEFT does; ``"model"`` one of all the adapter's, as the TIES paper does, so that some modules keep more.
         allow_different_bases: Merges even if the adapters name different base models.
         **hyperparameters: Of the method, for example ``density=0.2``.
 
@@ -83,6 +87,7 @@ def merge(
         dtype=dtype,
         extras=extras,
         stages=stages,
+        density_scope=density_scope,
         allow_different_bases=allow_different_bases,
         **hyperparameters,
     )

@@ -34,6 +34,7 @@ from jaxmerge.merging.checks import (
     sign_problems,
     value_problems,
 )
+from jaxmerge.merging.scope import DensityScope, scope_problems
 from jaxmerge.merging.stacks import Bucket, Program
 from jaxmerge.merging.staging import StageLike, checked_stages
 from jaxmerge.merging.steps import Plan, Setting
@@ -55,6 +56,7 @@ def plan_merge(
     dtype: DTypeLike | None = None,
     extras: Extras = "same",
     stages: Sequence[StageLike] = (),
+    density_scope: DensityScope = "module",
     allow_different_bases: bool = False,
     **hyperparameters: Any,
 ) -> Plan:
@@ -92,7 +94,10 @@ def plan_merge(
     numbers = {h.name: choices.pop(h.name) for h in taken if h.traceable}
     budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), staging.of_modules, mesh)
+    problems += scope_problems(density_scope, program, numbers.get("density"))
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)
+    if density_scope == "model" and len({bucket.wide for bucket, _ in buckets}) > 1:
+        problems.append("density_scope model compares entries of all modules, which are of several precisions")
     if memory is not None:
         problems += memory_problems(program, buckets, budget)
     raise_problems(problems)
@@ -105,6 +110,7 @@ def plan_merge(
         "space": space,
         "combination_type": combination_type,
         "rank": rank,
+        "density_scope": density_scope,
         "stages": [[stage, {}] if isinstance(stage, str) else [stage[0], _recordables(stage[1])] for stage in stages],
         "hyperparameters": _recordables({**choices, **numbers}),
         "key": None if key is None or not METHODS[method].random else _recordable_key(key),
@@ -116,7 +122,9 @@ def plan_merge(
     metadata = dataclasses.replace(metadata, provenance=json.dumps(record))
     rest = Adapter(modules={}, extras=merged_extras, metadata=metadata)
     keys = as_keys([key]) if METHODS[method].random else None
-    return Plan(program, adapters, [Setting(weights, numbers)], keys, staging, buckets, rest, budget, donate)
+    return Plan(
+        program, adapters, [Setting(weights, numbers)], keys, staging, buckets, rest, budget, donate, density_scope
+    )
 
 
 def as_keys(keys: Sequence[Any]) -> Array:

@@ -96,7 +96,8 @@ class Program:
 
     def stacks(self, ranks: Sequence[int], rank: int) -> bool:
         """Whether the result is the sources' factors side by side."""
-        return self.row.linear and self.space == "full" and rank == sum(ranks)
+        # In any space in which a sum is exact: those that have a form for what commutes with rotations.
+        return self.row.linear and bool(SPACES[self.space].rotated) and rank == sum(ranks)
 
     def need(self, bucket: "Bucket") -> int:
         """The bytes that one module of a bucket takes while it is merged, about."""
@@ -180,8 +181,14 @@ class Inputs(NamedTuple):
 
 
 @functools.cache
-def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """How many entries each task has, in each task set that a space makes of a module."""
+def set_sizes(
+    space: str, method: str, features: tuple[int, int], ranks: tuple[int, ...], rank: int
+) -> tuple[int | np.ndarray, ...]:
+    """How many entries each task has, in each task set that a space makes of a module.
+
+    Where it hangs on values how many rows, or rows and columns, hold anything: for any number of them, ``[p + 1]`` or
+    ``[p + 1, q + 1]``.
+    """
     form = SPACES[space].load(METHODS[method])
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out, in_ = features
@@ -192,7 +199,14 @@ def set_sizes(space: str, method: str, features: tuple[int, int], ranks: tuple[i
     sets = jax.eval_shape(
         project, [shape((r, in_)) for r in ranks], [shape((out, r)) for r in ranks], shape((len(ranks),))
     )
-    return tuple(math.prod(tasks.shape[1:]) for tasks in sets)
+    if form.filled is None:
+        return tuple(math.prod(tasks.shape[1:]) for tasks in sets)
+    held = form.filled_axes
+    return tuple(
+        functools.reduce(np.multiply.outer, [np.arange(size + 1) for size in tasks.shape[1 : 1 + held]])
+        * math.prod(tasks.shape[1 + held :])
+        for tasks in sets
+    )
 
 
 # The numeric hyperparameters of S settings, bound to the size of each task set: name -> ``[S]``.
@@ -207,12 +221,12 @@ def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[st
 
     densities = {h.name for h in program.hyperparameters if h.kind == "density"}
 
-    def bind_one(name: str, value: Any, size: int) -> Any:
+    def bind_one(name: str, value: Any, size: int | np.ndarray) -> Any:
         if name in densities:
             return bind_density(value, size)
         return value.astype(bucket.wide) if isinstance(value, jax.Array) else np.asarray(value, bucket.wide)
 
-    def bind(size: int) -> Mapping[str, Any]:
+    def bind(size: int | np.ndarray) -> Mapping[str, Any]:
         bound = [{name: bind_one(name, value, size) for name, value in numbers.items()} for numbers in settings]
         return jax.tree.map(along_settings, *bound)
 
@@ -288,7 +302,7 @@ def _merge_stack(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numb
     if isinstance(inputs.keys, Draws):
         inputs = inputs._replace(keys=inputs.keys.keys())
     spread = on_all_devices if program.by_rows else over_modules
-    lifted = spread(merge_each, program.mesh)(_flatten_batch(inputs, bucket.batch))
+    lifted = spread(merge_each, program.mesh)(flatten_batch(inputs, bucket.batch))
     layers = math.prod(bucket.batch)
 
     def unflatten(x: Array) -> Array:
@@ -352,11 +366,20 @@ def _merge_module(program: Program, bucket: Bucket, one: Inputs, numbers: Number
         for i, (tasks, own, bound) in enumerate(zip(sets, weights, setting.numbers, strict=True)):
             key = {} if setting.keys is None else {"key": _set_keys(setting.keys, i)}
             if form.filled is not None:
-                bound = _of_filled_rows(bound, form.filled(frame), tasks.shape[1])
+                bound = _of_filled(bound, form.filled(frame))
             merged.append(method(tasks, own, **program.method_options(bound), **key, **shapes))
         return staged(form.lift(merged, frame, rank), setting)
 
     return _each(merge, settings, pace.settings)
+
+
+def in_blocks_passes(program: Program, bucket: Bucket, factors: spaces.Factors, block: int) -> dense.DeltaPasses:
+    """Passes over the dense deltas of a module, a block of rows at a time."""
+    widest = max(bucket.ranks)
+    axes, shards = (program.mesh.axis_names, program.mesh.size) if program.by_rows and program.mesh else ((), 1)
+    a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
+    b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
+    return dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, block, axes, shards))
 
 
 def _merge_in_blocks(
@@ -368,13 +391,14 @@ def _merge_in_blocks(
     staged: Callable[[spaces.Lifted, _Setting], spaces.Lifted],
 ) -> spaces.Lifted:
     """The same where the tasks are dense deltas and the method prunes and combines, without forming them whole."""
-    row, n, widest = program.row, len(bucket.ranks), max(bucket.ranks)
-    axes, shards = (program.mesh.axis_names, program.mesh.size) if program.by_rows and program.mesh else ((), 1)
-    a = jnp.stack([jnp.pad(a, ((0, widest - a.shape[0]), (0, 0))) for a in factors.a])
-    b = jnp.stack([jnp.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in factors.b])
-    passes = dense.delta_passes(a, b, factors.scales, dense.cut_rows(bucket.features, pace.block, axes, shards))
+    row, n = program.row, len(bucket.ranks)
+    passes = in_blocks_passes(program, bucket, factors, pace.block)
     (bound,) = settings.numbers
-    if counts := cut_counts(row.pruning, bound, passes.size):
+    if "density" in bound and bound["density"].cut is not None:
+        settings = settings._replace(
+            numbers=[_with_cut(bound, jax.tree.map(lambda x: x[:, None], bound["density"].cut))]
+        )
+    elif counts := cut_counts(row.pruning, bound, passes.size):
         # One search for all settings: their thresholds are compared with each block while it is there.
         count = jnp.broadcast_to(jnp.concatenate(counts)[:, None], (len(counts) * settings.weights.shape[0], n))
         cuts = search(passes, count, passes.guess(count))
@@ -400,17 +424,13 @@ def _each(merge: Callable[[_Setting], spaces.Lifted], settings: _Setting, at_onc
     return jax.tree.map(lambda x: jnp.asarray(x)[None], merge(jax.tree.map(lambda x: x[0], settings)))
 
 
-def _of_filled_rows(bound: Mapping[str, Any], rows: Array, of: int) -> Mapping[str, Any]:
-    """Densities of the entries in so many rows, of those in all."""
+def _of_filled(bound: Mapping[str, Any], filled: tuple[Array, ...]) -> Mapping[str, Any]:
+    """Densities of the entries in so many rows and columns, from `bind_numbers`' table of those in any number."""
 
-    def fewer(value: Any) -> Any:
-        if not isinstance(value, Density):
-            return value
-        # Whole numbers, in an order that does not overflow.
-        count = value.count // of * rows + value.count % of * rows // of
-        return dataclasses.replace(value, count=count)
+    def count(value: Any) -> Any:
+        return dataclasses.replace(value, count=value.count[filled]) if isinstance(value, Density) else value
 
-    return {name: fewer(value) for name, value in bound.items()}
+    return {name: count(value) for name, value in bound.items()}
 
 
 def _with_cut(bound: Mapping[str, Any], cut: Cut) -> Mapping[str, Any]:
@@ -422,7 +442,7 @@ def _set_keys(keys: Array, i: int) -> Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
 
-def _flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
+def flatten_batch(inputs: Inputs, batch: tuple[int, ...]) -> Inputs:
     """Makes every layer of a batched module a module of its own, with keys of its own."""
     if not batch:
         return inputs

@@ -20,6 +20,7 @@ from jaxmerge import dense, lapack, spaces
 from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths
+from jaxmerge.merging.scope import DensityScope, as_cuts, count_reaching, model_thresholds
 from jaxmerge.merging.stacks import (
     Bucket,
     Draws,
@@ -32,6 +33,7 @@ from jaxmerge.merging.stacks import (
     merge_stack,
 )
 from jaxmerge.merging.staging import Staging, scaled, squared_norms
+from jaxmerge.selection import Cut
 from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
 from jaxmerge.stages import restoring_factor
 
@@ -63,6 +65,7 @@ class Plan:
         staging: What is done to the merge once it is made.
         memory: The bytes that a stack of modules may take on one device.
         donate: Whether the adapters' arrays may be given up once they are read.
+        density_scope: What a density is a fraction of: the entries of each module, or of the whole model.
         buckets: The modules of each bucket, by the positions of the adapters that have them.
         rest: The merged adapter without its modules.
     """
@@ -76,6 +79,7 @@ class Plan:
     rest: Adapter
     memory: int
     donate: bool = False
+    density_scope: DensityScope = "module"
 
     def steps(self) -> list["Step"]:
         """The stacks to merge: each bucket in parts of equal size, so that it compiles once.
@@ -113,6 +117,14 @@ class Plan:
             for lora in leaves
             for leaf in (lora.a, lora.b)
         )
+
+    @functools.cached_property
+    def thresholds(self) -> np.ndarray | None:
+        """Of the whole model, ``[n]``; None where every module finds its own."""
+        if self.density_scope == "module":
+            return None
+        with lapack.single_threaded():
+            return model_thresholds(self.steps(), len(self.adapters), float(self.settings[0].numbers["density"]))
 
     def run(self) -> Iterator[dict[str, tuple[LoRA, Energy]]]:
         """The results of all steps, in order. While one is merged, the next is prepared."""
@@ -265,6 +277,10 @@ class Step:
         return broadcast(table, (modules, *table.shape))  # type: ignore[return-value]
 
     def _arguments(self) -> tuple[Any, ...]:
+        inputs = self._inputs()
+        return self.program, self.bucket, inputs._replace(cuts=self._cuts(inputs)), self.numbers
+
+    def _inputs(self) -> Inputs:
         plan, present, wide = self.plan, self.present, self.bucket.wide
         paths = [*self.paths, *[self.paths[-1]] * (self.padded - len(self.paths))]
         loras = [[plan.adapters[i].modules[path] for path in paths] for i in present]
@@ -275,7 +291,7 @@ class Step:
             b = tuple(_stack([lora.b for lora in row], mesh) for row in loras)
         else:
             a, b = tuple(row[0].a for row in loras), tuple(row[0].b for row in loras)
-        inputs = Inputs(
+        return Inputs(
             a=a,
             b=b,
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
@@ -283,9 +299,27 @@ class Step:
             keys=None if plan.keys is None else _draws(plan.keys, paths, present),
             stages=plan.staging.of(paths, wide),
         )
-        if not self.padded:
-            inputs = inputs._replace(cuts=find_cuts(self.program, self.bucket, inputs, self.numbers))
-        return self.program, self.bucket, inputs, self.numbers
+
+    def _cuts(self, inputs: Inputs) -> tuple[Cut, ...] | None:
+        """Where the largest entries end, as far as that is found before."""
+        thresholds = self.plan.thresholds
+        if thresholds is not None:
+            modules = inputs.scales.shape[0] * math.prod(self.bucket.batch)
+            return as_cuts(thresholds[list(self.present)], modules, len(self.numbers))
+        return None if self.padded else find_cuts(self.program, self.bucket, inputs, self.numbers)
+
+    def count_reaching(self, orders: np.ndarray) -> np.ndarray:
+        """How many entries of each module and task are at or above orders ``[probes, n]``: ``[modules, probes, n]``."""
+        with precision(self.bucket.wide):
+            program = dataclasses.replace(self.program, mesh=None, by_rows=False)
+            inputs = self._inputs()
+            if not self.padded:
+                inputs = inputs._replace(a=tuple(x[None] for x in inputs.a), b=tuple(x[None] for x in inputs.b))
+            numbers = jax.tree.map(lambda x: x[0], self.numbers[0])
+            counts = count_reaching(program, self.bucket, inputs._replace(stages=()), numbers, orders)
+            for leaf in self._leaves():
+                release(leaf)
+            return np.asarray(seen_everywhere(counts))[: len(self.paths) * math.prod(self.bucket.batch)]
 
 
 def _setting_by_setting(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers) -> spaces.Lifted:

@@ -5,7 +5,7 @@ the point: entries mean the same for all tasks.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -28,19 +28,21 @@ from jaxmerge.spaces.pipe import (
 Basis = Literal["reference", "balanced", "hosvd"]
 
 
-class _Knots(NamedTuple):
-    """The left basis that all tasks share.
+class _Bases(NamedTuple):
+    """What the tasks are laid along.
 
     Attributes:
         u: ``[out, p]``, orthonormal.
-        held: Scalar int32; how many of its columns the tasks reach.
+        v: ``[in, q]``, likewise; None for the axes of the input.
+        held: int32 scalars; how many of the p, and of the q, the tasks reach.
     """
 
     u: Array
-    held: Array
+    v: Any
+    held: tuple[Array, ...]
 
 
-def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Knots]:
+def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Bases]:
     """KnOTS (arXiv:2410.19735): ``[ΔW₁ | … | ΔWₙ] = U S [V₁ | … | Vₙ]``, of which task i is ``S Vᵢ``, ``[p, in]``.
 
     By the QR of each A the singular value decomposition of ``out × n·in`` is one of ``R × R``.
@@ -56,18 +58,26 @@ def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Knots
         for block, right, scale in zip(blocks, rights, factors.scales, strict=True)
     ]
     u, s, vt = jnp.linalg.svd(jnp.concatenate(coupled, axis=1), full_matrices=False)
-    # Relative, so that it does not hang on how large the adapters are: the reference's cut is absolute.
-    held = s > s[0] * jnp.finfo(s.dtype).eps * max(q_b.shape[0], sum(a.shape[1] for a in factors.a))
+    held = _held(s, max(q_b.shape[0], sum(a.shape[1] for a in factors.a)))
     aligned = jnp.where(held, s, jnp.zeros_like(s))[:, None] * vt
     widths = [right.shape[0] for right in rights]
     starts = [sum(widths[:i]) for i in range(len(widths))]
     tasks = [
         matmul(aligned[:, start : start + width], q.T) for start, width, q in zip(starts, widths, bases, strict=True)
     ]
-    return (jnp.stack(tasks),), _Knots(matmul(q_b, u), jnp.sum(held, dtype=jnp.int32))
+    return (jnp.stack(tasks),), _Bases(matmul(q_b, u), None, (_count(held),))
 
 
-def _lift_knots(merged: Sequence[Array], frame: _Knots, rank: int) -> Lifted:
+def _held(s: Array, size: int) -> Array:
+    """Which singular values are more than rounding: relative, where the reference code's cut is absolute."""
+    return s > s[0] * jnp.finfo(s.dtype).eps * size
+
+
+def _count(held: Array) -> Array:
+    return jnp.sum(held, dtype=jnp.int32)
+
+
+def _lift_knots(merged: Sequence[Array], frame: _Bases, rank: int) -> Lifted:
     (matrix,) = merged
     if rank == min(matrix.shape) == matrix.shape[0]:
         return Lifted(matrix, frame.u, nothing_lost(jnp.sum(matrix * matrix)))
@@ -75,7 +85,7 @@ def _lift_knots(merged: Sequence[Array], frame: _Knots, rank: int) -> Lifted:
     return Lifted(*lift_core(frame.u, r_a.T, q_a, rank))
 
 
-def _project_core(factors: Factors, rank: int, *, basis: Basis = "reference") -> tuple[Sequence[Array], Frame]:
+def _project_core(factors: Factors, rank: int, *, basis: Basis = "reference") -> tuple[Sequence[Array], _Bases]:
     """Core Space (arXiv:2509.17786): ``U_Bᵀ ΔWᵢ V_A``, ``[p, q]``, in the singular bases of all B and of all A.
 
     Which bases those are hangs on how each change is split into B and A. ``reference`` takes both as they are stored,
@@ -92,15 +102,17 @@ def _project_core(factors: Factors, rank: int, *, basis: Basis = "reference") ->
             *[_split(b, a, scale, power) for b, a, scale in zip(frame.left, frame.right, factors.scales, strict=True)],
             strict=True,
         )
-    u, _, _ = jnp.linalg.svd(jnp.concatenate(left, axis=1), full_matrices=False)
-    _, _, vt = jnp.linalg.svd(jnp.concatenate(right, axis=0), full_matrices=False)
+    u, rows, _ = jnp.linalg.svd(jnp.concatenate(left, axis=1), full_matrices=False)
+    _, columns, vt = jnp.linalg.svd(jnp.concatenate(right, axis=0), full_matrices=False)
+    held = _held(rows, factors.features[0]), _held(columns, factors.features[1])
+    u, vt = jnp.where(held[0], u, jnp.zeros_like(u)), jnp.where(held[1][:, None], vt, jnp.zeros_like(vt))
     turned = Frame(
         matmul(frame.q_b, u),
         matmul(frame.q_a, vt.T),
         [matmul(u.T, b) for b in frame.left],
         [matmul(a, vt.T) for a in frame.right],
     )
-    return (cores(turned, factors.scales),), turned
+    return (cores(turned, factors.scales),), _Bases(turned.q_b, turned.q_a, (_count(held[0]), _count(held[1])))
 
 
 def _split(b: Array, a: Array, scale: Array, power: float) -> tuple[Array, Array]:
@@ -112,8 +124,8 @@ def _split(b: Array, a: Array, scale: Array, power: float) -> tuple[Array, Array
     return matmul(q_b, u) * weight, weight[:, None] * matmul(vt, q_a.T)
 
 
-def _lift_core(merged: Sequence[Array], frame: Frame, rank: int) -> Lifted:
-    return Lifted(*lift_core(frame.q_b, merged[0], frame.q_a, rank))
+def _lift_core(merged: Sequence[Array], frame: _Bases, rank: int) -> Lifted:
+    return Lifted(*lift_core(frame.u, merged[0], frame.v, rank))
 
 
 KNOTS = Space(
@@ -124,6 +136,7 @@ KNOTS = Space(
     numbers=lambda ranks, out, in_: (2 * len(ranks) + 4) * sum(ranks) * in_ + factor_numbers(ranks, out, in_),
     capacity=all_ranks,
     filled=lambda frame: frame.held,
+    filled_axes=1,
 )
 
 CORE = Space(
@@ -132,4 +145,6 @@ CORE = Space(
     _lift_core,
     numbers=factor_numbers,
     capacity=all_ranks,
+    filled=lambda frame: frame.held,
+    filled_axes=2,
 )

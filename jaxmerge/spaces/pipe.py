@@ -64,7 +64,9 @@ class Space:
         dense: Whether the tasks are the deltas themselves, which can be formed and merged a few rows at a time.
         as_stored: Whether the task sets are all A and all B as they are, so that they can be looked at before.
         task_ranks: ``(ranks, rank of the result) ->`` the ranks of the task matrices.
-        filled: ``frame ->`` how many of the p rows of the task matrices hold anything, where that hangs on values.
+        filled: ``frame ->`` how many of the p rows, or of the p rows and the q columns, of the task matrices hold
+            anything, where that hangs on values. Densities are of the entries in these.
+        filled_axes: 1 for rows, 2 for both.
     """
 
     project: Callable[..., tuple[Sequence[Array], Any]]
@@ -77,7 +79,8 @@ class Space:
     dense: bool = False
     as_stored: bool = False
     task_ranks: Callable[[Sequence[int], int], Sequence[int]] = lambda ranks, rank: ranks
-    filled: Callable[[Any], Array] | None = None
+    filled: Callable[[Any], tuple[Array, ...]] | None = None
+    filled_axes: int = 0
 
 
 class Frame(NamedTuple):
