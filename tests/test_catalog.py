@@ -10,6 +10,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge import catalog
+from jaxmerge.cli.methods import markdown
 from jaxmerge.io.convert import TARGETS
 from jaxmerge.io.trees import TREE_FORMATS
 from jaxmerge.layouts import LAYOUTS
@@ -31,19 +32,28 @@ FLOORS = {
 }  # fmt: skip
 
 
+LAWS = {"single", "negation", "homogeneity", "zeros", "order"}
+
+
 @pytest.mark.parametrize("name", jm.METHODS)
 def test_a_row_agrees_with_its_function(name):
     row = jm.METHODS[name]
     parameters = inspect.signature(row.load()).parameters
-    own = [p for p in parameters if p not in ("task_tensors", "weights", "key", "ranks")]
+    own = [p for p in parameters if p not in ("task_tensors", "weights", "key", "ranks", "rank")]
     assert own == [h.name for h in row.hyperparameters]
     assert ("key" in parameters) == row.random
     assert ("ranks" in parameters) == row.ranked
+    assert ("rank" in parameters) == row.on_units
     for hyperparameter in row.hyperparameters:
         default = parameters[hyperparameter.name].default
         assert hyperparameter.default == (None if default is inspect.Parameter.empty else default)
         assert (hyperparameter.kind == "choice") == bool(hyperparameter.choices)
-    assert row.space in jm.SPACES
+    assert row.space in row.spaces
+    assert set(row.spaces) <= set(jm.SPACES)
+    assert (set(row.spaces) == set(jm.SPACES)) == (not row.elsewhere)  # Why not, wherever not.
+    assert row.most is None or row.least <= row.most
+    assert set(row.breaks) <= LAWS
+    assert all(row.breaks.values())
     assert row.equivariant or not row.linear
     assert row.summary
     assert any(source in row.paper for source in ("arXiv", "PEFT", "https://"))
@@ -59,6 +69,7 @@ def test_equivariant_means_it_commutes_with_rotations(name):
     p, _ = np.linalg.qr(rng.normal(size=(5, 5)))
     values = {h.name: 0.5 if h.kind == "density" or h.default is None else h.default for h in row.hyperparameters}
     key = {"key": jax.random.key(0)} if row.random else {}
+    key |= {"rank": 6} if row.on_units else {}
 
     def merged(tasks):
         return row.load()(tasks.astype(np.float32), [1.0, 2.0, -1.0][:n], **values, **key)
@@ -72,8 +83,46 @@ def test_equivariant_means_it_commutes_with_rotations(name):
 def test_spaces_load(name):
     for method in jm.METHODS.values():
         assert isinstance(jm.SPACES[name].load(method), Space)
-    assert jm.SPACES[name].summary
-    assert jm.SPACES[name].exact
+    row = jm.SPACES[name]
+    assert row.summary
+    assert row.exact
+    assert "arXiv" in row.paper or "PEFT" in row.paper
+    # What a space takes itself is what its form takes beside the factors and the rank.
+    parameters = inspect.signature(_plain(row).project).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY}
+    assert own == {h.name: h.default for h in row.hyperparameters}
+
+
+def _plain(row):
+    """The space's own form, for methods that see its entries."""
+    return row.load(jm.METHODS["ties"])
+
+
+@pytest.mark.parametrize("name", catalog.STAGES)
+def test_a_stage_agrees_with_its_function(name):
+    row = catalog.STAGES[name]
+    parameters = inspect.signature(row.load()).parameters
+    own = {h.name: h.default for h in row.hyperparameters if h.name != "scope"}
+    given = {p: x.default for p, x in parameters.items() if p not in ("merged", "sources", "weights", "paths")}
+    assert own == {p: None if default is inspect.Parameter.empty else default for p, default in given.items()}
+    assert row.summary
+    assert "arXiv" in row.paper
+
+
+def test_the_readme_has_the_tables():
+    """`jaxmerge methods --markdown` prints them."""
+    readme = (SOURCE.parent / "README.md").read_text()
+    for mark, table in markdown().items():
+        assert f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->" in readme, mark
+
+
+def test_hyperparameters_of_one_name_are_of_one_kind():
+    """The command line has one option for each name."""
+    kinds = {}
+    for user, row in {**jm.METHODS, **jm.SPACES}.items():
+        for h in row.hyperparameters:
+            kinds.setdefault(h.name, {}).setdefault((h.kind, h.choices), []).append(user)
+    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
 
 
 def test_combination_types_are_cells_of_the_grid():

@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(inspect)
     for command in (inspect, methods):
         _add_json(command)
+    methods.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     return parser
 
 
