@@ -157,7 +157,8 @@ def test_settings_at_a_time_are_settings_in_turn():
     sources = adapters()
     grid = {"density": [0.2, 0.4, 0.7], "weights": [[1, 1, 1], [1, 0.5, -0.3]]}
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    program = Program("ties", "factors", (("majority_sign_method", "total"),), sweeps=True)
+    choices = tuple((h.name, h.default) for h in jm.METHODS["ties"].hyperparameters if not h.traceable)
+    program = Program("ties", "factors", choices, sweeps=True)
     bucket = Bucket((24, 32), (4, 4, 4), (), ("float32",) * 6, 4, "float32")
     loras = [source.modules["q"] for source in sources]
     one = Inputs(
