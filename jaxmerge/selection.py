@@ -28,6 +28,10 @@ _SAMPLE = 4096
 # The same where NumPy looks at it; and how many entries it goes through at a time.
 _HOST_SAMPLE = 1024
 _HOST_PIECE = 2**16
+# That bracket's margin: a miss costs a second pass, and every entry in the bracket a mispredicted branch.
+_HOST_MARGIN = 1.75
+# Entries of a row from which on the next one may as well be cut on another core.
+_WORTH_THREADS = 2**20
 # Entries up to which bisection alone is quick enough, and a smaller program to compile.
 WORTH_GUESSING = 2**15
 # The sample's bracket, in standard deviations of its counts.
@@ -115,7 +119,10 @@ def cut_on_host(rows: Iterable[np.ndarray], counts: np.ndarray) -> Cut:
     """
     rows = list(rows)
     unsigned = np.dtype(_UNSIGNED[rows[0].dtype.itemsize]) if rows else np.dtype(np.uint32)
-    cuts = threads.each(lambda pair: _cut_row(np.ascontiguousarray(pair[0]), pair[1]), zip(rows, counts, strict=True))
+    # NumPy's steps on small rows are too short for threads, which then wait for the interpreter more than they work.
+    large = any(row.size >= _WORTH_THREADS for row in rows)
+    each = threads.each if large else map
+    cuts = list(each(lambda pair: _cut_row(np.ascontiguousarray(pair[0]), pair[1]), zip(rows, counts, strict=True)))
     thresholds, ends = np.array(cuts, np.int64).reshape(*counts.shape, 2).transpose(2, 0, 1)
     return Cut(thresholds.astype(unsigned), ends.astype(np.int32))  # type: ignore[arg-type]
 
@@ -167,9 +174,9 @@ def _stride(size: int) -> int:
 
 
 def _host_bracket(sampled: np.ndarray, share: float) -> tuple[Any, Any]:
-    """Between what the entry with that share of all at or above it lies almost certainly, from a sorted sample."""
+    """Between what the entry with that share of all at or above it most likely lies, from a sorted sample."""
     place = sampled.size * (1 - share)
-    margin = 2 * _MARGIN * math.sqrt(sampled.size * share * (1 - share)) + 1
+    margin = _HOST_MARGIN * math.sqrt(sampled.size * share * (1 - share)) + 1
     low = sampled[math.floor(place - margin)] if place > margin else -1
     return low, sampled[min(sampled.size - 1, math.ceil(place + margin))]
 
