@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxmerge.base import Array, has_values, promote
-from jaxmerge.selection import Cut, cut_largest, flat_index
+from jaxmerge.selection import Cut, cut_largest, flat_index, rank_order
 
 PruneMethod = Literal["magnitude", "random"]
 
@@ -272,7 +272,7 @@ class ByRank:
         ranked = density + times(half, jnp.asarray(offsets, jnp.float32))
         if not tensor.ndim:
             return ranked[0]
-        order = jnp.argsort(jnp.abs(lax.stop_gradient(tensor)), axis=-1)
+        order = rank_order(tensor)
         ranked = jnp.broadcast_to(jnp.clip(ranked, 0, 1), tensor.shape)
         return jnp.put_along_axis(jnp.zeros_like(ranked), order, ranked, axis=-1, inplace=False)
 

@@ -15,6 +15,7 @@ from jaxmerge.selection import (
     flat_index,
     guess,
     magnitude_order,
+    rank_order,
     sample,
     search,
 )
@@ -120,3 +121,14 @@ def test_few_passes_are_enough(kind, most):
         assert Counted.taken <= most, (density, Counted.taken)
         assert isinstance(cut, Cut)
         np.testing.assert_array_equal(kept(cut, tensors).sum(1), count)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 500), (2, 3, 70), (2, 2**16), (1, 2**16 + 3)])
+def test_ranks_are_those_of_a_stable_sort(dtype, shape):
+    rng = np.random.default_rng(0)
+    # Half of them of few magnitudes, both signs; a zero and an infinity among them.
+    values = np.where(rng.random(shape) < 0.5, rng.normal(size=shape), rng.integers(-2, 3, shape))
+    tensor = jnp.asarray(values, dtype)
+    expected = np.argsort(np.abs(np.asarray(tensor, np.float64)), axis=-1, kind="stable")
+    np.testing.assert_array_equal(jax.jit(rank_order)(tensor), expected)
