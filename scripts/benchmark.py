@@ -482,7 +482,8 @@ def bench_grid(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Every method in its spaces, seconds for the whole model and peak memory."""
     from jaxmerge.catalog import METHODS
 
-    rows, scale = [], LAYERS / MEASURED
+    rows: list[dict[str, Any]] = []
+    scale = LAYERS / MEASURED
     results["grid"] = {"rows": rows}
     for n in options.adapters:
         results["grid"][f"plain way, N={n}"] = plain = measured("plain_way", n=n)
