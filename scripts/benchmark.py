@@ -484,9 +484,9 @@ def bench_grid(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
     rows: list[dict[str, Any]] = []
     scale = LAYERS / MEASURED
-    results["grid"] = {"rows": rows}
+    results["grid"] = found = dict[str, Any](rows=rows)
     for n in options.adapters:
-        results["grid"][f"plain way, N={n}"] = plain = measured("plain_way", n=n)
+        found[f"plain way, N={n}"] = plain = measured("plain_way", n=n)
         print(
             f"4096×4096 alone, dense, N={n}: sum {plain['sum']:.2f} s, decomposition {plain['svd']:.1f} s", flush=True
         )
