@@ -600,10 +600,7 @@ SPACES: Mapping[str, Space] = {
         exact="compresses before it merges: an approximation that keeps most of the tasks; nothing is cut after it",
         paper="Compress-then-Merge, arXiv:2606.03723",
         attribute="jaxmerge.spaces.compressed:CTM",
-        breaks={
-            "zeros": "the tasks are brought nearer to their mean norm",
-            "exact": "rank r holds a part of the tasks",
-        },
+        breaks={"zeros": "the tasks are brought nearer to their mean norm"},
         hyperparameters=(
             Hyperparameter(
                 "own_norm",
