@@ -23,6 +23,7 @@ from jaxmerge.spaces.pipe import (
     matmul,
     nothing_lost,
     rotated,
+    side_by_side,
 )
 
 Basis = Literal["reference", "balanced", "hosvd"]
@@ -50,8 +51,7 @@ def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Bases
     del rank
     q_b, r_b = thin_qr(jnp.concatenate(factors.b, axis=1))
     bases, rights = zip(*[thin_qr(a.T) for a in factors.a], strict=True)
-    ends = [sum(factors.ranks[: i + 1]) for i in range(len(factors.ranks))]
-    blocks = [slice(end - rank, end) for end, rank in zip(ends, factors.ranks, strict=True)]
+    blocks = side_by_side(factors.ranks)
     # Where an A has more rows than columns its Q is smaller.
     coupled = [
         scale * matmul(r_b[:, block], right.T)
@@ -60,11 +60,8 @@ def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Bases
     u, s, vt = jnp.linalg.svd(jnp.concatenate(coupled, axis=1), full_matrices=False)
     held = _held(s, max(q_b.shape[0], sum(a.shape[1] for a in factors.a)))
     aligned = jnp.where(held, s, jnp.zeros_like(s))[:, None] * vt
-    widths = [right.shape[0] for right in rights]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    tasks = [
-        matmul(aligned[:, start : start + width], q.T) for start, width, q in zip(starts, widths, bases, strict=True)
-    ]
+    columns = side_by_side([right.shape[0] for right in rights])
+    tasks = [matmul(aligned[:, own], q.T) for own, q in zip(columns, bases, strict=True)]
     return (jnp.stack(tasks),), _Bases(matmul(q_b, u), None, (_count(held),))
 
 

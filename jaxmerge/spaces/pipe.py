@@ -5,6 +5,7 @@ matrices, and how the merged matrices become one pair of factors. Everything her
 in float32 or wider.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,12 +100,17 @@ class Frame(NamedTuple):
     right: Sequence[Array]
 
 
+def side_by_side(sizes: Sequence[int]) -> list[slice]:
+    """Where blocks of these sizes lie in their concatenation."""
+    ends = itertools.accumulate(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
 def rotated(factors: Factors) -> Frame:
     """The factors in the orthonormal bases of all B and of all A."""
     q_b, r_b = thin_qr(jnp.concatenate(factors.b, axis=1))
     q_a, r_a = thin_qr(jnp.concatenate(factors.a, axis=0).T)
-    ends = [sum(factors.ranks[: i + 1]) for i in range(len(factors.ranks))]
-    blocks = [slice(end - rank, end) for end, rank in zip(ends, factors.ranks, strict=True)]
+    blocks = side_by_side(factors.ranks)
     return Frame(q_b, q_a, [r_b[:, block] for block in blocks], [r_a[:, block].T for block in blocks])
 
 
