@@ -5,8 +5,9 @@ A pruning knows what happens to an entry from its value and its flat index, so t
 
 import functools
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ class Density:
     """A density bound to a tensor of known size.
 
     Attributes:
-        value: Scalar float, the fraction of entries to keep.
-        count: Scalar int32, how many entries that is.
+        value: Scalar float, the fraction of entries to keep; or ``[n]``, that of each of n tensors.
+        count: As the value, int32: how many entries that is.
         cut: Where the largest of n tasks end, if that has been found already.
     """
 
@@ -38,7 +39,12 @@ class Density:
     cut: Cut | None = None
 
 
-def bind_density(density: "ArrayLike | Density", size: int | np.ndarray, name: str = "Density") -> Density:
+def bind_density(
+    density: "ArrayLike | Sequence[float] | Density",
+    size: int | np.ndarray,
+    name: str = "Density",
+    tasks: int | None = None,
+) -> Density:
     """Turns a density into the number of survivors among ``size`` entries.
 
     Args:
@@ -47,36 +53,48 @@ def bind_density(density: "ArrayLike | Density", size: int | np.ndarray, name: s
             ``0.29 * 100`` is 29 and not 28. 1 and above keep everything.
         size: Number of entries, below 2**31; or an array of such numbers, each with a count of its own.
         name: What errors call it.
+        tasks: For how many tensors there may be a density each, ``[tasks]``; None where there is to be one number.
 
     Returns:
-        The density and its count; one that is bound already is returned as it is.
+        The density and its count, ``[*tasks, *size]``; one that is bound already is returned as it is.
 
     Raises:
-        ValueError: If the density is not one number, or is known to be negative or NaN.
+        ValueError: If the density is not one number, nor one for each task, or is known to be negative or NaN.
     """
     if isinstance(density, Density):
         return density
     if np.max(size) >= 2**31:
         raise ValueError(f"a tensor of {np.max(size)} entries is too large to prune: the limit is 2**31 - 1")
-    _check_density(density, name)
+    _check_density(density, name, tasks)
+    sizes = np.asarray(size)
     if isinstance(density, jax.Array):
         value = jnp.asarray(density, promote(density.dtype, jnp.float32))
-        count = jnp.floor(jnp.clip(value, 0, 1) * jnp.asarray(size, value.dtype))
-        return Density(value, jnp.minimum(count.astype(jnp.int32), size))
-    number = float(np.asarray(density))
-    count = size if number >= 1 else np.floor(number * np.asarray(size, np.float64))
-    return Density(jnp.asarray(number, float), jnp.asarray(np.asarray(count, np.int32)))
+        each = value.reshape(value.shape + (1,) * sizes.ndim)
+        count = jnp.floor(jnp.clip(each, 0, 1) * jnp.asarray(sizes, value.dtype))
+        return Density(value, jnp.minimum(count.astype(jnp.int32), sizes.astype(np.int32)))
+    value = np.asarray(density, np.float64)
+    count = np.floor(np.minimum(value.reshape(value.shape + (1,) * sizes.ndim), 1) * sizes)
+    return Density(jnp.asarray(value, float), jnp.asarray(count.astype(np.int32)))
 
 
-def _check_density(density: ArrayLike, name: str) -> None:
-    is_number = isinstance(density, numbers.Real | np.generic | np.ndarray | jax.Array)
-    if not is_number or np.ndim(density) != 0 or not np.isrealobj(density):
-        raise ValueError(f"{name} should be a number, got {density!r}")
+def _check_density(density: Any, name: str, tasks: int | None) -> None:
+    kinds = numbers.Real | np.generic | np.ndarray | jax.Array | (list | tuple if tasks is not None else numbers.Real)
+    array = np.empty(0, object)
+    if isinstance(density, kinds):
+        array = density if isinstance(density, jax.Array) else np.asarray(density)
+    if np.shape(array) not in ((), (tasks,)) or array.dtype.kind in "OUSc":
+        each = "" if tasks is None else f", or {tasks}: one per adapter"
+        raise ValueError(f"{name} should be a number{each}, got {density!r}")
     if not has_values(density):
         return
-    number = float(np.asarray(density, np.float64))
-    if not number >= 0:
-        raise ValueError(f"{name} should be >= 0, got {number:g}")
+    for number in np.asarray(density, np.float64).ravel().tolist():
+        if not number >= 0:
+            raise ValueError(f"{name} should be >= 0, got {number:g}")
+
+
+def each_over(values: Array, axes: int) -> Array:
+    """One number, or one for each tensor ``[*batch]``, to go with tensors of so many axes more."""
+    return values.reshape(values.shape + (1,) * axes) if values.ndim else values
 
 
 def prune(
@@ -204,7 +222,7 @@ class AtRandom:
     """Random dropping.
 
     Attributes:
-        density: Scalar, the probability that an entry survives.
+        density: Scalar, or ``[*batch]``: the probability that an entry survives.
         rescale: Scalar boolean, whether survivors are divided by it.
         keys: ``[*batch]`` keys, one for every tensor.
     """
@@ -216,16 +234,19 @@ class AtRandom:
     def apply(self, tensors: Array, index: Array) -> Array:
         """Zeroes what does not survive, as `Largest.apply`; each entry's fate hangs on its flat index alone."""
 
-        def drawn(key: Array) -> Array:
-            return _uniform(key, index) < self.density.astype(jnp.float32)
+        def drawn(lane: tuple[Array, Array]) -> Array:
+            key, density = lane
+            return _uniform(key, index) < density.astype(jnp.float32)
 
         # One task after another: the compiler would write out the drawing for each of them, and again for each use.
-        survives = lax.map(drawn, self.keys) if self.keys.ndim else drawn(self.keys)
+        lanes = self.keys, jnp.broadcast_to(self.density, self.keys.shape)
+        survives = lax.map(drawn, lanes) if self.keys.ndim else drawn(lanes)
+        density = each_over(self.density, index.ndim)
         # Divided in float32 at least, as torch does for half types; and entry by entry, since XLA would turn a
         # division by one scalar into a multiplication by its reciprocal.
         wide = promote(tensors.dtype, jnp.float32)
-        dividing = survives & self.rescale & (self.density > 0) & (self.density < 1)
-        divisor = jnp.where(dividing, self.density.astype(wide), jnp.ones((), wide))
+        dividing = survives & self.rescale & (density > 0) & (density < 1)
+        divisor = jnp.where(dividing, density.astype(wide), jnp.ones((), wide))
         scaled = round_to(tensors.astype(wide) / divisor, tensors.dtype)
         return jnp.where(survives, scaled, jnp.zeros_like(tensors))
 
@@ -236,9 +257,9 @@ class ByRank:
     """Random dropping in which an entry's chance grows with its rank in its row (MagPrune, arXiv:2406.11617).
 
     Attributes:
-        density: Scalar, the probability that an entry survives, on the average of a row.
-        epsilon: Scalar, by how much a row's largest entry survives with more probability than its smallest. Less
-            where a probability would otherwise leave [0, 1]: nothing is dropped at a density of 1.
+        density: Scalar, or ``[*batch]``: the probability that an entry survives, on the average of a row.
+        epsilon: As the density, by how much a row's largest entry survives with more probability than its smallest.
+            Less where a probability would otherwise leave [0, 1]: nothing is dropped at a density of 1.
         keys: ``[*batch]`` keys, one for every tensor.
     """
 
@@ -252,15 +273,17 @@ class ByRank:
         A part of a tensor has to hold whole rows, which lie along the last axis.
         """
 
-        def pruned(task: tuple[Array, Array]) -> Array:
-            key, tensor = task
-            probability = self.probabilities(tensor)
-            survives = _uniform(key, index) < probability
+        def pruned(task: tuple["ByRank", Array]) -> Array:
+            own, tensor = task
+            probability = own.probabilities(tensor)
+            survives = _uniform(own.keys, index) < probability
             divisor = jnp.where(survives, probability, jnp.ones_like(probability)).astype(tensor.dtype)
             return jnp.where(survives, tensor / divisor, jnp.zeros_like(tensor))
 
         # One task after another: what a sort takes is wanted for one of them only.
-        return lax.map(pruned, (self.keys, tensors)) if self.keys.ndim else pruned((self.keys, tensors))
+        density, epsilon = (jnp.broadcast_to(x, self.keys.shape) for x in (self.density, self.epsilon))
+        each = ByRank(density, epsilon, self.keys), tensors
+        return lax.map(pruned, each) if self.keys.ndim else pruned(each)
 
     def probabilities(self, tensor: Array) -> Array:
         """With what probability each entry of ``[*shape]`` survives, in float32. Equal ones rank in their order."""

@@ -320,7 +320,7 @@ def test_dare_is_pruning_with_the_key_folded_by_position():
 # Errors
 
 
-@pytest.mark.parametrize("density", [-0.5, -1e-9, float("nan"), None, "half", "0.5", [0.5, 0.5], np.float32(-1)])
+@pytest.mark.parametrize("density", [-0.5, -1e-9, float("nan"), None, "half", "0.5", [0.5] * 3, np.float32(-1)])
 @pytest.mark.parametrize("call", [*PRUNES.values(), *[
     functools.partial(lambda merge, x, density: merge([x, x], [1.0, 1.0], density), MERGES[name]) for name in PRUNING
 ]], ids=[*PRUNES, *PRUNING])  # fmt: skip

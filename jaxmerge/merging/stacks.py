@@ -21,7 +21,7 @@ from jaxmerge.base import Array, on_host
 from jaxmerge.catalog import METHODS, SPACES, Hyperparameter, Method
 from jaxmerge.lowrank import balanced, truncated_svd
 from jaxmerge.merging.staging import Stage, apply
-from jaxmerge.methods.pruning import OF_PRUNING, cut_counts, pruning_of
+from jaxmerge.methods.pruning import cut_counts, pruning_of
 from jaxmerge.selection import Cut, cut_on_host, search
 from jaxmerge.sharding import on_all_devices, over_modules
 from jaxmerge.sparsify import Density, bind_density, round_to
@@ -209,21 +209,26 @@ def set_sizes(
     )
 
 
-# The numeric hyperparameters of S settings, bound to the size of each task set: name -> ``[S]``.
+# The numeric hyperparameters of S settings, bound to the size of each task set: name -> ``[S]``, or ``[S, n]`` where
+# every adapter has its own.
 Numbers = Sequence[Mapping[str, Any]]
 
 
 def bind_numbers(program: Program, bucket: Bucket, settings: Sequence[Mapping[str, Any]]) -> Numbers:
     """Binds the numeric hyperparameters of each setting to the size of each task set that the space makes."""
+    n = len(bucket.ranks)
 
     def along_settings(*leaves: Any) -> Any:
         return np.stack(leaves) if all(map(on_host, leaves)) else jnp.stack(leaves)
 
     densities = {h.name for h in program.hyperparameters if h.kind == "density"}
+    several = {name for numbers in settings for name, value in numbers.items() if np.ndim(value)}
 
     def bind_one(name: str, value: Any, size: int | np.ndarray) -> Any:
+        if name in several:
+            value = jnp.broadcast_to(value, n) if isinstance(value, jax.Array) else np.broadcast_to(value, n)
         if name in densities:
-            return bind_density(value, size)
+            return bind_density(value, size, tasks=n)
         return value.astype(bucket.wide) if isinstance(value, jax.Array) else np.asarray(value, bucket.wide)
 
     def bind(size: int | np.ndarray) -> Mapping[str, Any]:
@@ -246,7 +251,8 @@ def find_cuts(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers
         tasks = [np.asarray(x).reshape(-1, math.prod(x.shape[-2:])) for x in arrays]
         modules, n = tasks[0].shape[0], len(tasks)
         rows = [task[i].astype(bucket.wide, copy=False) for i in range(modules) for task in tasks]
-        cut = cut_on_host(rows, np.broadcast_to(np.asarray(count), (modules * n, len(count))))
+        of_tasks = np.asarray(count).reshape(len(count), -1).T
+        cut = cut_on_host(rows, np.broadcast_to(of_tasks, (modules, n, len(count))).reshape(-1, len(count)))
         return jax.tree.map(lambda x: x.reshape(modules, n, -1).swapaxes(1, 2), cut)
 
     return tuple(map(cuts_of, (inputs.a, inputs.b), counts))
@@ -400,14 +406,14 @@ def _merge_in_blocks(
         )
     elif counts := cut_counts(row.pruning, bound, passes.size):
         # One search for all settings: their thresholds are compared with each block while it is there.
-        count = jnp.broadcast_to(jnp.concatenate(counts)[:, None], (len(counts) * settings.weights.shape[0], n))
+        count = jnp.broadcast_to(jnp.concatenate(counts), (len(counts) * settings.weights.shape[0], n))
         cuts = search(passes, count, passes.guess(count))
         cuts = jax.tree.map(lambda x: x.reshape(len(counts), -1, n).swapaxes(0, 1), cuts)
         settings = settings._replace(numbers=[_with_cut(bound, cuts)])
 
     def merge(setting: _Setting) -> spaces.Lifted:
         options = program.method_options(setting.numbers[0])
-        of_pruning = {name: options.pop(name) for name in OF_PRUNING[row.pruning]}
+        of_pruning = {name: options.pop(name) for name in row.per_adapter}
         keys = None if setting.keys is None else _set_keys(setting.keys, 0)
         pruning = pruning_of(row.pruning, keys, **of_pruning)
         combine = functools.partial(row.load_combine(), **options)
@@ -428,7 +434,7 @@ def _of_filled(bound: Mapping[str, Any], filled: tuple[Array, ...]) -> Mapping[s
     """Densities of the entries in so many rows and columns, from `bind_numbers`' table of those in any number."""
 
     def count(value: Any) -> Any:
-        return dataclasses.replace(value, count=value.count[filled]) if isinstance(value, Density) else value
+        return dataclasses.replace(value, count=value.count[..., *filled]) if isinstance(value, Density) else value
 
     return {name: count(value) for name, value in bound.items()}
 

@@ -1,13 +1,11 @@
 """Weighted sums of tasks, plain or after pruning (arXiv:2212.04089, arXiv:2311.03099)."""
 
 import jax
-from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import sum_tasks
-from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
+from jaxmerge.methods.pruning import Densities, combine_pruned, drop_random, keep_largest
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
-from jaxmerge.sparsify import Density
 
 
 def task_arithmetic(task_tensors: Tasks, weights: Weights) -> Array:
@@ -27,13 +25,13 @@ def task_arithmetic(task_tensors: Tasks, weights: Weights) -> Array:
     return _sum_weighted(tasks, as_weights(weights, tasks))
 
 
-def magnitude_prune(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density) -> Array:
+def magnitude_prune(task_tensors: Tasks, weights: Weights, density: Densities) -> Array:
     """The weighted sum of the tasks' largest entries (same name in PEFT).
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
+        density: Fraction of each task's entries to keep, for all or one for each; see `jaxmerge.prune`.
 
     Returns:
         ``[...]``, in the wider dtype of tensors and weights.
@@ -45,15 +43,13 @@ def magnitude_prune(task_tensors: Tasks, weights: Weights, density: ArrayLike | 
     return combine_pruned(tasks, as_weights(weights, tasks), keep_largest(tasks, density), sum_weighted)
 
 
-def dare_linear(
-    task_tensors: Tasks, weights: Weights, density: ArrayLike | Density, *, key: Array | None = None
-) -> Array:
+def dare_linear(task_tensors: Tasks, weights: Weights, density: Densities, *, key: Array | None = None) -> Array:
     """The weighted sum of randomly dropped and rescaled tasks (DARE, arXiv:2311.03099; same name in PEFT).
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Probability that an entry is kept; survivors are divided by it.
+        density: Probability that an entry is kept, for all tasks or one for each; survivors are divided by it.
         key: A `jax.random.key`, folded with the position of each task; or ``[n]`` keys, one per task.
 
     Returns:

@@ -1,19 +1,14 @@
 """Pruning of both the outliers and the small entries: Model Breadcrumbs (arXiv:2312.06795)."""
 
-from jax.typing import ArrayLike
-
 from jaxmerge.base import Array
 from jaxmerge.consensus import SignMethod
 from jaxmerge.methods.arithmetic import sum_weighted
-from jaxmerge.methods.pruning import combine_pruned, keep_between
+from jaxmerge.methods.pruning import Densities, combine_pruned, keep_between
 from jaxmerge.methods.sign_consensus import Divisor, Election, agree, checked_choices
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide
-from jaxmerge.sparsify import Density
 
 
-def breadcrumbs(
-    task_tensors: Tasks, weights: Weights, density: ArrayLike | Density, gamma: ArrayLike | Density = 0.01
-) -> Array:
+def breadcrumbs(task_tensors: Tasks, weights: Weights, density: Densities, gamma: Densities = 0.01) -> Array:
     """The weighted sum of tasks without their outliers and their small entries (Model Breadcrumbs, arXiv:2312.06795).
 
     Of a task's N entries the ``int(gamma * N)`` of largest magnitude are dropped, and the next ``int(density * N)``
@@ -23,8 +18,8 @@ def breadcrumbs(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
-        gamma: Fraction of each task's entries that are outliers, rounded to a number as the density is.
+        density: Fraction of each task's entries to keep, for all or one for each; see `jaxmerge.prune`.
+        gamma: Fraction of each task's entries that are outliers, given and rounded as the density is.
 
     Returns:
         ``[...]``, float32 or wider.
@@ -39,8 +34,8 @@ def breadcrumbs(
 def breadcrumbs_ties(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
-    gamma: ArrayLike | Density = 0.01,
+    density: Densities,
+    gamma: Densities = 0.01,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",
@@ -54,7 +49,7 @@ def breadcrumbs_ties(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
+        density: Fraction of each task's entries to keep, for all or one for each; see `jaxmerge.prune`.
         gamma: Fraction of each task's entries that are outliers, dropped first.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
         election: See `jaxmerge.methods.sign_consensus.agree`.

@@ -1,21 +1,22 @@
 """Random dropping by the rank of magnitudes: DELLA (arXiv:2406.11617)."""
 
+from collections.abc import Sequence
+
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import SignMethod
 from jaxmerge.methods.arithmetic import sum_weighted
-from jaxmerge.methods.pruning import combine_pruned, drop_by_rank
+from jaxmerge.methods.pruning import Densities, combine_pruned, drop_by_rank
 from jaxmerge.methods.sign_consensus import Divisor, Election, agree, checked_choices
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide
-from jaxmerge.sparsify import Density
 
 
 def della(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
-    epsilon: ArrayLike = 0.14,
+    density: Densities,
+    epsilon: ArrayLike | Sequence[float] = 0.14,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",
@@ -33,7 +34,7 @@ def della(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ..., q]``.
         weights: ``[n]``, of any sign.
-        density: Mean probability that an entry is kept.
+        density: Mean probability that an entry is kept, for all tasks or one for each.
         epsilon: The width of the window; the default is that of the authors' example.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
         election: See `jaxmerge.methods.sign_consensus.agree`.
@@ -55,8 +56,8 @@ def della(
 def della_linear(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
-    epsilon: ArrayLike = 0.14,
+    density: Densities,
+    epsilon: ArrayLike | Sequence[float] = 0.14,
     *,
     key: Array | None = None,
 ) -> Array:
@@ -65,7 +66,7 @@ def della_linear(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ..., q]``.
         weights: ``[n]``, of any sign.
-        density: Mean probability that an entry is kept.
+        density: Mean probability that an entry is kept, for all tasks or one for each.
         epsilon: By how much a row's largest entry is kept with more probability than its smallest.
         key: A `jax.random.key`, folded with the position of each task; or ``[n]`` keys, one per task.
 

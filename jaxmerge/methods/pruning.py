@@ -4,7 +4,7 @@ Pruning and combining are one fused pass. Since neither looks beyond an entry, t
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,22 +26,17 @@ from jaxmerge.sparsify import (
     outlier_counts,
 )
 
-# The hyperparameters that say how to prune; the others say how to combine.
-OF_PRUNING = {
-    "": (),
-    "magnitude": ("density",),
-    "outliers": ("density", "gamma"),
-    "random": ("density",),
-    "rank": ("density", "epsilon"),
-}
+# One for all tasks, or one for each.
+Densities = ArrayLike | Sequence[float] | Density
 
 
 def cut_counts(kind: str, bound: Mapping[str, Any], size: int) -> list[Array]:
-    """How many of the largest entries there are before each cut, ``[S]``; no counts where nothing is cut."""
+    """How many of each task's largest entries there are before each cut, ``[S, 1 or n]``; none where nothing is cut."""
+    counts = {name: x.count.reshape(x.count.shape[0], -1) for name, x in bound.items() if isinstance(x, Density)}
     if kind == "magnitude":
-        return [bound["density"].count]
+        return [counts["density"]]
     if kind == "outliers":
-        return list(outlier_counts(bound["density"].count, bound["gamma"].count, size))
+        return list(outlier_counts(counts["density"], counts["gamma"], size))
     return []
 
 
@@ -57,28 +52,28 @@ def pruning_of(kind: str, keys: Any, density: Any = None, gamma: Any = None, eps
     return ByRank(density.value, epsilon, keys) if kind == "rank" else None
 
 
-def keep_largest(tasks: Array, density: ArrayLike | Density) -> Largest:
+def keep_largest(tasks: Array, density: Densities) -> Largest:
     """Pruning of each task ``[n, ...]`` by magnitude, on its own."""
-    bound = bind_density(density, tasks.size // tasks.shape[0])
+    bound = bind_density(density, tasks.size // tasks.shape[0], tasks=tasks.shape[0])
     return Largest(cut_largest(tasks, bound.count, batch=1) if bound.cut is None else bound.cut)
 
 
-def drop_random(tasks: Array, density: ArrayLike | Density, key: Array | None) -> AtRandom:
+def drop_random(tasks: Array, density: Densities, key: Array | None) -> AtRandom:
     """Dropping of each task's ``[n, ...]`` entries at random and rescaling of the rest, each task by its own key."""
-    bound = bind_density(density, tasks.size // tasks.shape[0])
+    bound = bind_density(density, tasks.size // tasks.shape[0], tasks=tasks.shape[0])
     return AtRandom(bound.value, jnp.asarray(True), task_keys(need_key(key, "DARE"), tasks.shape[0]))
 
 
-def keep_between(tasks: Array, density: ArrayLike | Density, gamma: ArrayLike | Density) -> Between:
+def keep_between(tasks: Array, density: Densities, gamma: Densities) -> Between:
     """Pruning of each task ``[n, ...]`` to what is largest behind its outliers: the fraction gamma, or what is left."""
-    size = tasks.size // tasks.shape[0]
-    count, outliers = bind_density(density, size).count, bind_density(gamma, size, "Gamma").count
+    n, size = tasks.shape[0], tasks.size // tasks.shape[0]
+    count, outliers = bind_density(density, size, tasks=n).count, bind_density(gamma, size, "Gamma", n).count
     return Between(*(cut_largest(tasks, end, batch=1) for end in outlier_counts(count, outliers, size)))
 
 
-def drop_by_rank(tasks: Array, density: ArrayLike | Density, epsilon: ArrayLike, key: Array | None) -> ByRank:
+def drop_by_rank(tasks: Array, density: Densities, epsilon: ArrayLike | Sequence[float], key: Array | None) -> ByRank:
     """Dropping of each task's ``[n, ...]`` entries at random by their rank in their row, each task by its own key."""
-    bound = bind_density(density, tasks.size // tasks.shape[0])
+    bound = bind_density(density, tasks.size // tasks.shape[0], tasks=tasks.shape[0])
     return ByRank(bound.value, jnp.asarray(epsilon), task_keys(need_key(key, "DELLA"), tasks.shape[0]))
 
 

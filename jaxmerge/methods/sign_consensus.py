@@ -3,13 +3,11 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxmerge.base import Array, promote
 from jaxmerge.consensus import SignMethod, check_sign_method, majority_sign_mask, mean_of_marked, sum_tasks
-from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
+from jaxmerge.methods.pruning import Densities, combine_pruned, drop_random, keep_largest
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
-from jaxmerge.sparsify import Density
 
 Election = Literal["unweighted", "weighted"]
 Divisor = Literal["count", "weight", "none"]
@@ -21,7 +19,7 @@ _NO_WEIGHT = 1e-8
 def ties(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
+    density: Densities,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",
@@ -36,7 +34,7 @@ def ties(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
+        density: Fraction of each task's entries to keep, for all or one for each; see `jaxmerge.prune`.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
         election: Of what the sign is elected; see `agree`.
         divisor: Of the sum over the agreeing tasks; see `agree`.
@@ -56,36 +54,40 @@ def ties(
 def dare_ties(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
+    density: Densities,
     majority_sign_method: SignMethod = "total",
     *,
+    election: Election = "unweighted",
+    divisor: Divisor = "count",
     key: Array | None = None,
 ) -> Array:
     """TIES after random dropping and rescaling in place of trimming (same name in PEFT).
 
+    mergekit's method of this name adds up the tasks that agree: ``election="weighted", divisor="none"``.
+
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Probability that an entry is kept; survivors are divided by it.
+        density: Probability that an entry is kept, for all tasks or one for each; survivors are divided by it.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
+        election: Of what the sign is elected; see `agree`.
+        divisor: Of the sum over the agreeing tasks; see `agree`.
         key: A `jax.random.key`, folded with the position of each task; or ``[n]`` keys, one per task.
 
     Returns:
         ``[...]``, float32 or wider.
 
     Raises:
-        ValueError: If shapes or counts do not match, the density is negative, the election unknown, or the
-            key missing.
+        ValueError: If shapes or counts do not match, the density is negative, a choice unknown, or the key missing.
     """
-    check_sign_method(majority_sign_method)
+    choices = checked_choices(majority_sign_method, election, divisor)
     tasks = stack_tasks(task_tensors)
     pruning = drop_random(tasks, density, key)
-    choices = (("majority_sign_method", majority_sign_method),)
     return combine_pruned(tasks, as_weights(weights, tasks), pruning, agree, choices)
 
 
 def checked_choices(
-    majority_sign_method: SignMethod, election: Election, divisor: Divisor
+    majority_sign_method: SignMethod, election: Election, divisor: Divisor = "count"
 ) -> tuple[tuple[str, str], ...]:
     """The choices of `agree` as `combine_pruned` takes them; a ValueError if one does not exist."""
     check_sign_method(majority_sign_method)
@@ -94,6 +96,11 @@ def checked_choices(
         if given[name] not in known:
             raise ValueError(f"Unknown {name} {given[name]!r}: there are {', '.join(map(repr, known))}")
     return (("majority_sign_method", majority_sign_method), *given.items())
+
+
+def elect(tasks: Array, weighed: Array, majority_sign_method: SignMethod, election: Election) -> Array:
+    """The tasks ``[n, ...]`` that carry the sign elected at each entry, among them as they are or as they are weighed."""
+    return majority_sign_mask(tasks if election == "unweighted" else weighed, majority_sign_method)
 
 
 def agree(
@@ -118,7 +125,7 @@ def agree(
         ``[...]``, float32 or wider.
     """
     weighed = weigh(tasks, weights)
-    mask = majority_sign_mask(tasks if election == "unweighted" else weighed, majority_sign_method)
+    mask = elect(tasks, weighed, majority_sign_method, election)
     if divisor == "count":
         return mean_of_marked(weighed, mask)
     wide = promote(weighed.dtype, jnp.float32)
