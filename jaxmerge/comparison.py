@@ -80,6 +80,7 @@ class Record:
             they add up; None where the denominator is 0.
         energy_by_rank: The fraction of the weighted sum's energy that its best approximation of rank 1, 2, ... keeps,
             up to the exact rank.
+        layers: Of a module with batch axes, the same for each index of the first; else empty.
     """
 
     features: tuple[int, int] | None
@@ -96,6 +97,7 @@ class Record:
     sum_effective_rank: float
     sum_energy_ratio: float | None
     energy_by_rank: tuple[float, ...]
+    layers: tuple["Record", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,7 @@ def compare(adapters: Sequence[Adapter], weights: Weights = None, *, allow_diffe
     with lapack.single_threaded():
         measured = threads.each(lambda item: _measure(*item, numbers), modules.items())
     records = {
-        path: _record(
-            matrices, numbers, {i: lora.rank for i, lora in loras.items()}, next(iter(loras.values())).features
-        )
+        path: _module_record(loras, matrices, numbers)
         for (path, loras), matrices in zip(modules.items(), measured, strict=True)
     }
     ranks = {i: max(lora.rank for lora in adapter.modules.values()) for i, adapter in enumerate(adapters)}
@@ -252,6 +252,16 @@ def _sum_spectrum(
     return np.where(spectrum > rounding, spectrum, 0)[:exact]
 
 
+def _module_record(loras: Mapping[int, LoRA], matrices: Sequence[_Matrix], weights: Sequence[float]) -> Record:
+    ranks, first = {i: lora.rank for i, lora in loras.items()}, next(iter(loras.values()))
+    record = _record(matrices, weights, ranks, first.features)
+    if not first.batch:
+        return record
+    each = len(matrices) // first.batch[0]
+    layers = [matrices[i : i + each] for i in range(0, len(matrices), each)]
+    return dataclasses.replace(record, layers=tuple(_record(layer, weights, ranks, first.features) for layer in layers))
+
+
 def _record(
     matrices: Sequence[_Matrix], weights: Sequence[float], ranks: Mapping[int, int], features: tuple[int, int] | None
 ) -> Record:
@@ -337,4 +347,5 @@ def _plain(record: Record) -> dict[str, Any]:
     return plain | {
         "sources": [i + 1 for i in record.sources],
         "pairs": [dataclasses.asdict(pair) | {"adapters": [i + 1 for i in pair.adapters]} for pair in record.pairs],
+        "layers": [_plain(layer) for layer in record.layers],
     }

@@ -158,6 +158,12 @@ def test_numbers_are_those_of_the_dense_changes(case):
         assert record.sources == tuple(matrices[0])
         assert record.ranks == tuple(adapters[i].modules[path].rank for i in record.sources)
         check_record(record, matrices, weights)
+        batch = next(adapters[i].modules[path].batch for i in record.sources)
+        assert len(record.layers) == (batch[0] if batch else 0)
+        each = len(matrices) // max(len(record.layers), 1)
+        for i, layer in enumerate(record.layers):
+            assert layer.sources == record.sources
+            check_record(layer, matrices[i * each : (i + 1) * each], weights)
     assert found.total.features is None
     assert found.total.sources == tuple(range(len(adapters)))
     check_record(found.total, [m for matrices in modules.values() for m in matrices], weights)
