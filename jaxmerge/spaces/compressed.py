@@ -30,22 +30,29 @@ class _Subspaces(NamedTuple):
 
 
 def _project(factors: Factors, rank: int, *, own_norm: Array | float = 0.25) -> tuple[Sequence[Array], _Subspaces]:
-    """``Uᵀ ΔWᵢ V``, ``[r, r]``, in subspaces from a Tucker-2 decomposition of all tasks, computed on their cores."""
+    """``Uᵀ ΔWᵢ V``, ``[r, r]``, in subspaces from a Tucker-2 decomposition of all tasks, computed on their cores.
+
+    The subspaces are those of tasks of like norms, so that large ones do not have them for themselves; what is merged
+    in them are the tasks as they are.
+    """
     frame = rotated(factors)
-    tasks = _of_like_norm(cores(frame, factors.scales), own_norm)
-    u, v, held = _shared_subspaces(tasks, rank)
+    tasks = cores(frame, factors.scales)
+    u, v = _shared_subspaces(_of_like_norm(tasks, own_norm), rank)
     compressed = jnp.stack([matmul(matmul(u.T, task), v) for task in tasks])
+    total = jnp.sum(tasks * tasks)
+    held = jnp.sum(compressed * compressed) / jnp.where(total > 0, total, 1)
     return (compressed,), _Subspaces(matmul(frame.q_b, u), matmul(frame.q_a, v), held)
 
 
 def _of_like_norm(tasks: Array, own_norm: Array | float) -> Array:
-    """The tasks ``[n, p, q]`` with norms between their mean, at 0, and their own, at 1."""
+    """The tasks ``[n, p, q]`` with norms between their mean, at 0, and their own, at 1; zeros count in no mean."""
     norms = jnp.sqrt(jnp.sum(tasks * tasks, axis=(1, 2)))
-    wanted = own_norm * norms + (1 - own_norm) * jnp.mean(norms)
+    mean = jnp.sum(norms) / jnp.maximum(jnp.sum(norms > 0).astype(norms.dtype), 1)
+    wanted = own_norm * norms + (1 - own_norm) * mean
     return tasks * (wanted / jnp.where(norms > 0, norms, 1))[:, None, None]
 
 
-def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array, Array]:
+def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array]:
     """HOSVD, improved by higher-order orthogonal iteration.
 
     Args:
@@ -53,7 +60,7 @@ def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array, Array]:
         rank: r, at most p and q.
 
     Returns:
-        Orthonormal ``[p, r]`` and ``[q, r]``, and the share of the tasks' energy that they hold.
+        Orthonormal ``[p, r]`` and ``[q, r]``.
     """
     n, p, q = tasks.shape
     total = jnp.sum(tasks * tasks)
@@ -81,8 +88,8 @@ def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array, Array]:
     v = jnp.linalg.svd(tasks.reshape(n * p, q), full_matrices=False)[2][:rank].T
     held = share(u, v)
     state = (u, v, held, jnp.ones_like(held) - held, jnp.zeros((), jnp.int32))
-    u, v, held, _, _ = jax.lax.while_loop(unfinished, improved, state)
-    return u, v, held
+    u, v, *_ = jax.lax.while_loop(unfinished, improved, state)
+    return u, v
 
 
 def _leading(columns: Array, rank: int) -> Array:
