@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxmerge.attribution import Contributions, contributions
     from jaxmerge.base import Adapter, Energy, LoRA, Metadata, delta, energy_kept
     from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
     from jaxmerge.comparison import Comparison, compare
     from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
-    from jaxmerge.contributions import Contributions, contributions
     from jaxmerge.datafree import scores
     from jaxmerge.io import from_state, from_torch, load, peek, peft_config, save, to_state, to_torch
     from jaxmerge.merging import lower, merge
@@ -25,7 +25,7 @@ _HOMES = {
     "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
     "jaxmerge.catalog": ("COMBINATION_TYPES", "METHODS", "SPACES"),
     "jaxmerge.comparison": ("Comparison", "compare"),
-    "jaxmerge.contributions": ("Contributions", "contributions"),
+    "jaxmerge.attribution": ("Contributions", "contributions"),
     "jaxmerge.consensus": ("calculate_majority_sign_mask", "disjoint_merge"),
     "jaxmerge.io": ("from_state", "from_torch", "load", "peek", "peft_config", "save", "to_state", "to_torch"),
     "jaxmerge.merging": ("lower", "merge"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from jaxmerge.contributions import contributions
+from jaxmerge.attribution import contributions
 from tests.helpers import delta64
 
 ADAPTERS = Path(__file__).parent / "adapters"
