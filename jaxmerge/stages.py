@@ -155,23 +155,23 @@ def lines_factors(paths: Iterable[str], alpha: float = 1.0, beta: float = 1.0) -
     Returns:
         Module path -> factor.
     """
-    places = {path: _layer(path) for path in paths}
+    places = {path: layer_of(path) or ("", 0) for path in paths}
     last: dict[str, int] = {}
     for stack, layer in places.values():
         last[stack] = max(layer, last.get(stack, 0))
     return {path: alpha + beta * layer / max(last[stack], 1) for path, (stack, layer) in places.items()}
 
 
-# Norms of cancelled merges below this many units of rounding of what cancelled are nothing.
-_CANCELLED = 64
-
-
-def _layer(path: str) -> tuple[str, int]:
-    """The stack that a module is in, and its layer there."""
+def layer_of(path: str) -> tuple[str, int] | None:
+    """The stack that a module is in, its path up to the layer, and its layer there; None without a number."""
     for number in (r"(?:^|\.)(\d+)(?=\.|$)", r"_(\d+)(?=\.|$)"):
         if found := re.search(number, path):
             return path[: found.start(1)], int(found[1])
-    return "", 0
+    return None
+
+
+# Norms of cancelled merges below this many units of rounding of what cancelled are nothing.
+_CANCELLED = 64
 
 
 def _decompose(merged: Pair) -> tuple[Spectrum, Pair]:
