@@ -125,13 +125,22 @@ def reference_della_linear(tasks, weights, density, epsilon=0.14):
     return (over(np.float64(weights), tasks) * magpruned(tasks, density, epsilon)).sum(0)
 
 
-def reference_sce(tasks, weights, density=0.1):
+def reference_dare_ties(tasks, weights, density, *choices):
+    """What is drawn is PEFT's affair and tested with its array functions; here it is what becomes of it."""
+    keys = [jax.random.fold_in(KEY, i) for i in range(len(tasks))]
+    kept = [jm.prune(x, density, "random", rescale=True, key=key) for x, key in zip(tasks, keys, strict=True)]
+    return mean_of_agreeing(kept, weights, *choices)
+
+
+def reference_sce(tasks, weights, density=0.1, method="total", election="unweighted"):
     tasks = np.float64(tasks)
     ranked = tasks.var(0) if len(tasks) > 1 else tasks[0]
     tasks = np.where(largest(np.float32(ranked), int(density * ranked.size)), tasks, 0)
     energy = (tasks**2).reshape(len(tasks), -1).mean(1)
     coefficients = energy / energy.sum() if energy.sum() else energy
-    agrees = np.sign(tasks) == np.where(tasks.sum(0) >= 0, 1, -1)
+    voting = tasks * over(np.float64(weights), tasks) if election == "weighted" else tasks
+    votes = (voting if method == "total" else np.sign(voting)).sum(0)
+    agrees = np.sign(voting) == np.where(votes >= 0, 1, -1)
     shares = np.where(agrees, over(coefficients, tasks), 0)
     total = shares.sum(0)
     return (shares * over(np.float64(weights), tasks) * tasks).sum(0) / np.where(total > 0, total, 1)
@@ -233,6 +242,10 @@ def test_elections_and_divisors(choices, kind):
     assert_near(crumbs, reference_breadcrumbs_ties(tasks, weights, 0.6, 0.01, *choices))
     drawn = della(tasks, weights, 0.6, **given, key=KEY)
     assert_near(drawn, reference_della(tasks, weights, 0.6, 0.14, *choices))
+    dropped = jm.dare_ties(tasks, weights, 0.6, **given, key=KEY)
+    assert_near(dropped, reference_dare_ties(tasks, weights, 0.6, *choices))
+    del given["divisor"]  # SCE has one of its own.
+    assert_near(sce(tasks, weights, 0.6, **given), reference_sce(tasks, weights, 0.6, *choices[:2]))
 
 
 def test_what_the_elections_are_for():
@@ -248,10 +261,11 @@ def test_what_the_elections_are_for():
 
 def test_positions_and_defaults_of_ties_are_those_of_peft():
     tasks, weights = made("normal", 3, (9, 7))
-    given = jm.ties(tasks, weights, 0.5, "total", election="unweighted", divisor="count")
-    np.testing.assert_array_equal(jm.ties(tasks, weights, 0.5), given)
-    with pytest.raises(TypeError):
-        jm.ties(tasks, weights, 0.5, "total", "weighted")
+    for function in (jm.ties, functools.partial(jm.dare_ties, key=KEY)):
+        given = function(tasks, weights, 0.5, "total", election="unweighted", divisor="count")
+        np.testing.assert_array_equal(function(tasks, weights, 0.5), given)
+        with pytest.raises(TypeError):
+            function(tasks, weights, 0.5, "total", "weighted")
 
 
 # What is drawn
@@ -476,10 +490,13 @@ def test_nearswap_moves_no_further_than_t():
         nearswap([a, b, a], [1, 1, 1], 0.05)
 
 
-@pytest.mark.parametrize("function", [jm.ties, breadcrumbs_ties, functools.partial(della, key=KEY)])
+@pytest.mark.parametrize(
+    "function",
+    [jm.ties, breadcrumbs_ties, sce, functools.partial(della, key=KEY), functools.partial(jm.dare_ties, key=KEY)],
+)
 def test_unknown_choices_are_named(function):
     tasks, weights = made("normal", 2, (3, 2))
-    for name in ("election", "divisor"):
+    for name in ("election", *(["divisor"] if function is not sce else [])):
         with pytest.raises(ValueError, match=f"Unknown {name} 'nonsense': there are"):
             function(tasks, weights, 0.5, **{name: "nonsense"})
     with pytest.raises(ValueError, match="majority_sign_method"):
@@ -596,6 +613,17 @@ def test_breadcrumbs_ties_of_mergekit():
         got = breadcrumbs_ties(own["tasks"], *numbers, **choices_of(parameters, False))
         if name != RESCALED:
             assert_near_golden(got * parameters.get("lambda", 1), own)
+
+
+def test_dare_ties_of_mergekit():
+    """What is drawn, and the L1 norm that is restored after it, are its own; what becomes of it is not."""
+    for parameters, own in goldens("dare_ties").values():
+        kept = own["tasks"] * own["masks"]
+        if parameters.get("rescale", True):
+            kept *= np.abs(own["tasks"]).sum((1, 2), keepdims=True) / np.abs(kept).sum((1, 2), keepdims=True)
+        choices = choices_of(parameters, False)
+        got = agree(jnp.asarray(kept), jnp.float32(parameters["weight"]), "total", **choices)
+        assert_near_golden(got * parameters.get("lambda", 1), own)
 
 
 def test_sce_of_mergekit():
