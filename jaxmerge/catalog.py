@@ -48,6 +48,16 @@ class Hyperparameter:
         return self.kind in ("density", "number")
 
 
+# Of each kind of `Method.pruning`, the hyperparameters that say how to prune; the others say how to combine.
+OF_PRUNING = {
+    "": (),
+    "magnitude": ("density",),
+    "outliers": ("density", "gamma"),
+    "random": ("density",),
+    "rank": ("density", "epsilon"),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of `METHODS`.
@@ -98,6 +108,11 @@ class Method:
     most: int | None = None
     breaks: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameter, ...] = ()
+
+    @property
+    def per_adapter(self) -> tuple[str, ...]:
+        """The hyperparameters that say how each task is pruned by itself, so that every adapter may have its own."""
+        return OF_PRUNING[self.pruning]
 
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
@@ -600,11 +615,10 @@ SPACES: Mapping[str, Space] = {
         exact="compresses before it merges: an approximation that keeps most of the tasks; nothing is cut after it",
         paper="Compress-then-Merge, arXiv:2606.03723",
         attribute="jaxmerge.spaces.compressed:CTM",
-        breaks={"zeros": "the tasks are brought nearer to their mean norm"},
         hyperparameters=(
             Hyperparameter(
                 "own_norm",
-                "how far tasks keep their own norms: 1 wholly, 0 gives all the same",
+                "how far tasks keep their own norms where the subspaces are found: 1 wholly, 0 gives all the same",
                 "number",
                 default=0.25,
                 least=0,

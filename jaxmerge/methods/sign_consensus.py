@@ -3,13 +3,11 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxmerge.base import Array, promote
 from jaxmerge.consensus import SignMethod, check_sign_method, majority_sign_mask, mean_of_marked, sum_tasks
-from jaxmerge.methods.pruning import combine_pruned, drop_random, keep_largest
+from jaxmerge.methods.pruning import Densities, combine_pruned, drop_random, keep_largest
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
-from jaxmerge.sparsify import Density
 
 Election = Literal["unweighted", "weighted"]
 Divisor = Literal["count", "weight", "none"]
@@ -21,7 +19,7 @@ _NO_WEIGHT = 1e-8
 def ties(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
+    density: Densities,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",
@@ -36,7 +34,7 @@ def ties(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Fraction of each task's entries to keep; see `jaxmerge.prune`.
+        density: Fraction of each task's entries to keep, for all or one for each; see `jaxmerge.prune`.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
         election: Of what the sign is elected; see `agree`.
         divisor: Of the sum over the agreeing tasks; see `agree`.
@@ -56,7 +54,7 @@ def ties(
 def dare_ties(
     task_tensors: Tasks,
     weights: Weights,
-    density: ArrayLike | Density,
+    density: Densities,
     majority_sign_method: SignMethod = "total",
     *,
     election: Election = "unweighted",
@@ -70,7 +68,7 @@ def dare_ties(
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
         weights: ``[n]``, of any sign.
-        density: Probability that an entry is kept; survivors are divided by it.
+        density: Probability that an entry is kept, for all tasks or one for each; survivors are divided by it.
         majority_sign_method: ``"total"`` or ``"frequency"``; see `jaxmerge.calculate_majority_sign_mask`.
         election: Of what the sign is elected; see `agree`.
         divisor: Of the sum over the agreeing tasks; see `agree`.
@@ -101,7 +99,7 @@ def checked_choices(
 
 
 def elect(tasks: Array, weighed: Array, majority_sign_method: SignMethod, election: Election) -> Array:
-    """The tasks ``[n, ...]`` that carry the sign elected at each entry, among them as they are or as they are weighed."""
+    """Which tasks ``[n, ...]`` carry the sign that is elected among them, as they are or as they are weighed."""
     return majority_sign_mask(tasks if election == "unweighted" else weighed, majority_sign_method)
 
 
