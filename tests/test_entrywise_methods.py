@@ -153,7 +153,7 @@ def stretched(x):
 def pcb_shares(tasks, density):
     shares = []
     for x in tasks:
-        score = np.exp(len(tasks) * stretched(x**2)) * np.tanh(x * tasks.sum(0))
+        score = np.exp(len(tasks) * stretched(np.abs(x)) ** 2) * np.tanh(x * tasks.sum(0))
         # What is equal in exact arithmetic is.
         kept = greatest(np.float32(score * np.exp(-len(tasks) / 2)), int(density * x.size))
         shares.append(np.zeros(x.shape))

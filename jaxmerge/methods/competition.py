@@ -20,14 +20,14 @@ _LEAST_SHARE = 2.0**-23
 def pcb(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density = 0.2) -> Array:
     """PCB: score each entry of each task, drop the low scores, average the rest by them (arXiv:2410.02396).
 
-    An entry's score is ``exp(n · norm(t²)) · tanh(t · Σt)``: how large it is among the entries of its task (norm maps
+    An entry's score is ``exp(n · norm(|t|)²) · tanh(t · Σt)``: how large it is among the entries of its task (norm maps
     them to [0, 1]), and how far it goes with the sum of all tasks. The ``int(density * N)`` best of each task are kept;
     their scores, mapped to [0, 1], are the coefficients βᵢ of the mean ``Σ βᵢ wᵢ tᵢ / Σ βᵢ``. The weights wᵢ are the
     paper's λᵢ: they neither score nor divide.
 
-    This is the authors' code, whose activations are not those of the formulas in the paper, without its clipping of
-    magnitudes at the 0.01 % quantiles. The lowest score that is kept, which becomes 0 there, counts for a rounding
-    error here: what only one task keeps is that task's.
+    This is the authors' code, whose score is not that of the formulas in the paper, without its clipping of magnitudes
+    at the 0.01 % quantiles. The lowest score that is kept, which becomes 0 there, counts for a rounding error here: what
+    only one task keeps is that task's.
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
@@ -55,8 +55,9 @@ def _pcb(tasks: Array, weights: Array, count: Array) -> Array:
         width = jnp.max(x, axes, keepdims=True) - low
         return (x - low) / jnp.where(width > 0, width, one)
 
-    squares = times(tasks, tasks)
-    within = stretched(squares, jnp.min(squares, axes, keepdims=True))
+    magnitudes = jnp.abs(tasks)
+    within = stretched(magnitudes, jnp.min(magnitudes, axes, keepdims=True))
+    within = times(within, within)
     # All scores of a task are lower by e^(n/2), which goes as they are stretched: float32 holds those of 170 tasks.
     scores = jnp.exp(n * (within - one / 2)) * jnp.tanh(tasks * sum_tasks(tasks))
     ranked = _ranked(scores)
