@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 import jaxmerge as jm
-from jaxmerge.cli import advice, main
-from jaxmerge.cli.advice import advise
+from jaxmerge.cli import main
+from jaxmerge.cli.actions import advice
+from jaxmerge.cli.actions.advice import advise
 from tests.cohort import Cohort
 
 ADAPTERS = Path(__file__).parent / "adapters"

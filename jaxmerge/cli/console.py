@@ -1,11 +1,8 @@
 """What commands print: tables for people, JSON for machines, problems, and a progress bar."""
 
-import argparse
 import json
-import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,51 +68,7 @@ def progress(label: str, total: int) -> Iterator[Any]:
         yield lambda steps=1: bar.advance(task, steps)
 
 
-def reading(options: argparse.Namespace, index: int) -> dict[str, Any]:
-    """How the adapter at a position is read, as arguments of `jaxmerge.load`.
-
-    Raises:
-        ValueError: If the alphas are neither one nor one per adapter.
-    """
-    alphas, n = options.alpha, len(options.adapters)
-    if alphas is not None and len(alphas) not in (1, n):
-        raise ValueError(f"{len(alphas)} alphas for {n} adapters: give one for all, or one per adapter")
-    alpha = None if alphas is None else alphas[index if len(alphas) > 1 else 0]
-    pattern = None if options.pattern is None else tuple(options.pattern)
-    return {
-        "alpha": alpha,
-        "scan_axis": options.scan_axis,
-        "item": options.item,
-        "layout": options.tree,
-        "pattern": pattern,
-    }
-
-
-def conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """What the output's format is, as arguments of `jaxmerge.save`."""
-    return {name: getattr(options, name) for name in ("format", "layout", "head_dim", "layers")}
-
-
-def pattern(path: str) -> str:
-    """A module path with its numbers starred, so that layers of one kind share it."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
-
-
-def percent(fraction: float) -> str:
-    """A fraction in percent. Never 100 for something that is less."""
-    if fraction >= 1:
-        return "100 %"
-    return f"{min(100 * fraction, 99.9999):.6g} %" if fraction > 0.999 else f"{100 * fraction:.1f} %"
-
-
-def kept_span(fractions: Sequence[float]) -> str:
-    """One fraction in percent, or the smallest and the largest of several."""
-    low, high = percent(min(fractions)), percent(max(fractions))
-    return low if math.isclose(min(fractions), max(fractions)) or low == high else f"{low} … {high}"
-
-
-def span(values: Iterable[float], digits: int = 4) -> str:
-    """One number, or the smallest and the largest of several."""
-    shown = sorted(set(values))
-    ends = [f"{value:.{digits}g}" for value in (shown[0], shown[-1])]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
+def report(summary: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> int:
+    """Tells what was done, as JSON or by a function that prints it for people; returns the exit code 0."""
+    (print_json if as_json else show)(summary)
+    return 0

@@ -1,4 +1,4 @@
-"""``jaxmerge compare``: how adapters interfere, and what that says about merging them."""
+"""Comparing: how adapters interfere, and what that says about merging them."""
 
 import argparse
 from collections import defaultdict
@@ -8,19 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.padding import Padding
 
-from jaxmerge import io
-from jaxmerge.cli.advice import advise
-from jaxmerge.cli.console import (
-    out,
-    pattern,
-    percent,
-    print_json,
-    progress,
-    reading,
-    report_error,
-    report_problems,
-    table,
-)
+from jaxmerge.cli.actions.advice import advise
+from jaxmerge.cli.actions.sources import load_all, peek_all
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
+from jaxmerge.cli.words import pattern, percent
 from jaxmerge.comparison import Comparison, Pair, Record, compare, comparison_problems
 from jaxmerge.merging.checks import checked_weights
 
@@ -28,15 +19,9 @@ from jaxmerge.merging.checks import checked_weights
 def run(options: argparse.Namespace) -> int:
     """Compares; returns 1 if something is wrong with the inputs."""
     try:
-        problems = header_problems(options)
-        if problems:
+        if problems := header_problems(options):
             return report_problems(problems, options.json)
-        adapters = []
-        with progress("reading", len(options.adapters)) as advance:
-            for i, path in enumerate(options.adapters):
-                adapters.append(io.load(path, mapped=True, **reading(options, i)))
-                advance()
-        found = compare(adapters, options.weights, allow_different_bases=options.allow_different_bases)
+        found = compare(load_all(options), options.weights, allow_different_bases=options.allow_different_bases)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     advice = advise(found)
@@ -55,12 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 def header_problems(options: argparse.Namespace) -> list[str]:
     """Everything that can be known to be wrong before a weight is read."""
-    problems, peeked = [], []
-    for i, path in enumerate(options.adapters):
-        try:
-            peeked.append(io.peek(path, **reading(options, i)))
-        except ValueError as error:
-            problems += str(error).splitlines()
+    peeked, problems = peek_all(options)
     checked_weights(options.weights, len(options.adapters), False, problems)
     if peeked:
         problems += comparison_problems(peeked, options.allow_different_bases)

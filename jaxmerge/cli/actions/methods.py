@@ -1,4 +1,4 @@
-"""``jaxmerge methods``: the grid."""
+"""Listing the grid: methods, spaces, stages and PEFT's combination types."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""``jaxmerge resize``: smaller ranks, and what each module keeps."""
+"""Resizing: smaller ranks, and what each module keeps."""
 
 import argparse
 from collections import defaultdict
@@ -9,49 +9,25 @@ from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, energy_kept
-from jaxmerge.cli.console import (
-    conversion,
-    kept_span,
-    out,
-    pattern,
-    percent,
-    print_json,
-    reading,
-    report_error,
-    report_problems,
-    span,
-    table,
-)
-from jaxmerge.cli.remarks import format_remarks
+from jaxmerge.cli.actions.remarks import format_remarks
+from jaxmerge.cli.actions.sources import load_one
+from jaxmerge.cli.console import out, report, report_error, table
+from jaxmerge.cli.groups import conversion, rules
+from jaxmerge.cli.words import kept_span, pattern, percent, span
 from jaxmerge.io.peft_keys import natural_order
-from jaxmerge.layouts import Conversion
 from jaxmerge.resizing import resize, rule_of
-
-_RULES = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative", "max_rank")
 
 
 def run(options: argparse.Namespace) -> int:
     """Resizes; returns 1, with nothing written, if something is wrong with the input."""
-    options.adapters = [options.input]
-    source, target = Path(options.input), Path(options.output)
-    rules = {name: getattr(options, name) for name in _RULES}
     try:
-        rule = rule_of(**rules)
-        if problems := io.overlap_problems([source], target):
-            return report_problems(problems, options.json)
-        peeked = io.peek(source, **reading(options, 0))
-        io.check_target([peeked], target, Conversion(**conversion(options)), options.force)
-        adapter = io.load(source, mapped=True, **reading(options, 0))
-        resized = resize(adapter, dtype=options.dtype, **rules)
-        written = io.save(resized, target, force=options.force, **conversion(options))
+        rule = rule_of(**rules(options))
+        adapter = load_one(options, mapped=True)
+        resized = resize(adapter, dtype=options.dtype, **rules(options))
+        written = io.save(resized, Path(options.output), force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
-    summary = summarise(options, rule.record(), adapter, resized, written)
-    if options.json:
-        print_json(summary)
-    else:
-        _print(summary)
-    return 0
+    return report(summarise(options, rule.record(), adapter, resized, written), options.json, _print)
 
 
 def summarise(

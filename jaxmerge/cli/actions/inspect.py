@@ -1,4 +1,4 @@
-"""``jaxmerge inspect``: what is in adapters, and what cannot be merged."""
+"""Inspecting: what is in adapters, and what cannot be merged."""
 
 import argparse
 import json
@@ -12,8 +12,10 @@ from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, nonfinite_modules
-from jaxmerge.cli.console import out, pattern, print_json, reading, report_problems, span, table
-from jaxmerge.cli.remarks import conversion_remark
+from jaxmerge.cli.actions.remarks import conversion_remark
+from jaxmerge.cli.console import out, print_json, report_problems, table
+from jaxmerge.cli.groups import reading
+from jaxmerge.cli.words import pattern, span
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
@@ -25,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     described, problems = [], []
     for i, path in enumerate(options.adapters):
         try:
-            described.append(describe(Path(path), reading(options, i)))
+            described.append(describe(Path(path), reading(options, i, len(options.adapters))))
         except ValueError as error:
             problems += str(error).splitlines()
     if options.json:

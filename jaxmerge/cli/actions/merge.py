@@ -1,4 +1,4 @@
-"""``jaxmerge merge``: check everything, merge, write, and say what was lost."""
+"""Merging: check everything, merge, write, and say what was lost."""
 
 import argparse
 import dataclasses
@@ -14,22 +14,12 @@ from rich.markup import escape
 from jaxmerge import io
 from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.catalog import METHODS, all_hyperparameters
-from jaxmerge.cli.console import (
-    conversion,
-    kept_span,
-    out,
-    pattern,
-    percent,
-    print_json,
-    progress,
-    reading,
-    report_error,
-    report_problems,
-    span,
-    table,
-)
-from jaxmerge.cli.machine import join, keep_programs, placing
-from jaxmerge.cli.remarks import format_remarks
+from jaxmerge.cli.actions.machine import join, keep_programs, placing
+from jaxmerge.cli.actions.remarks import format_remarks
+from jaxmerge.cli.actions.sources import load_all, peek_all
+from jaxmerge.cli.console import out, progress, report, report_error, report_problems, table
+from jaxmerge.cli.groups import conversion, rules
+from jaxmerge.cli.words import kept_span, pattern, percent, span
 from jaxmerge.io.atomic import existing_ancestor
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
@@ -42,20 +32,13 @@ from jaxmerge.sharding import first_process, seen_everywhere
 
 def run(options: argparse.Namespace) -> int:
     """Merges; returns 1, with nothing written, if something is wrong with the inputs."""
-    paths = [Path(path) for path in options.adapters]
     keep_programs(options)
     try:
         join(options)
-        problems = header_problems(options, paths)
-        if problems:
+        if problems := header_problems(options):
             return report_problems(problems, options.json)
-        adapters, mesh = [], placing(options)["mesh"]
-        with progress("reading", len(paths)) as advance:
-            for i, path in enumerate(paths):
-                adapters.append(io.load(path, mapped=True, mesh=mesh, **reading(options, i)))
-                advance()
-        problems = twins(adapters)
-        if problems:
+        adapters = load_all(options, placing(options)["mesh"])
+        if problems := twins(adapters):
             return report_problems(problems, options.json)
         plan = plan_merge(adapters, options.weights, **merge_arguments(options))
         results, beside = [], existing_ancestor(Path(options.output).parent)
@@ -76,13 +59,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         return report_error(MemoryError(), options.json)
     summary = summarise(options, adapters, merged, written)
-    if not first_process():
-        return 0
-    if options.json:
-        print_json(summary)
-    else:
-        _print(summary)
-    return 0
+    return report(summary, options.json, _print) if first_process() else 0
 
 
 def _with_seed(merged: Adapter, seed: int | None) -> Adapter:
@@ -93,10 +70,9 @@ def _with_seed(merged: Adapter, seed: int | None) -> Adapter:
 
 def _rule(options: argparse.Namespace) -> Rule | None:
     """How modules are cut at the end; a ValueError if it cannot be."""
-    limits = {name: getattr(options, name) for name in ("energy", "sv_ratio", "sv_fro", "sv_cumulative")}
-    if not any(limit is not None for limit in (*limits.values(), options.max_rank)):
-        return None
-    return rule_of(rank=options.rank, max_rank=options.max_rank, **limits)
+    given = rules(options)
+    # A rank alone is the merge's own.
+    return rule_of(**given) if any(given[name] is not None for name in given if name != "rank") else None
 
 
 def merge_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -130,15 +106,10 @@ def _extras(options: argparse.Namespace) -> str | int:
     raise ValueError(f"--extras {chosen}: give same, average, one of the adapters, or its number from 1")
 
 
-def header_problems(options: argparse.Namespace, paths: list[Path]) -> list[str]:
+def header_problems(options: argparse.Namespace) -> list[str]:
     """Everything that can be known to be wrong before a weight is read."""
-    problems, peeked = [], []
-    for i, path in enumerate(paths):
-        try:
-            peeked.append(io.peek(path, **reading(options, i)))
-        except ValueError as error:
-            problems += str(error).splitlines()
-    output = Path(options.output)
+    peeked, problems = peek_all(options)
+    paths, output = [Path(path) for path in options.adapters], Path(options.output)
     for path in (*paths, output):
         if not str(path).isprintable():
             problems.append(f"{str(path)!r}: has characters in its name that cannot be written down")

@@ -1,15 +1,15 @@
-"""``jaxmerge sweep``: score every setting of a grid without data, in a table and a plot."""
+"""Sweeping: score every setting of a grid without data, in a table and a plot."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.catalog import SCORES, all_hyperparameters
-from jaxmerge.cli.console import out, print_json, progress, reading, report_error, report_problems, table
-from jaxmerge.cli.machine import join, keep_programs, placing
+from jaxmerge.cli.actions.machine import join, keep_programs, placing
+from jaxmerge.cli.actions.sources import load_all
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
 from jaxmerge.datafree import scores
 from jaxmerge.sweeps import sweep
 
@@ -22,12 +22,7 @@ def run(options: argparse.Namespace) -> int:
         join(options)
         if plot is not None:
             _check_plot(plot)
-        adapters = []
-        with progress("reading", len(options.adapters)) as advance:
-            for i, path in enumerate(options.adapters):
-                adapters.append(io.load(path, mapped=True, **reading(options, i)))
-                advance()
-        rows = _rows(options, adapters)
+        rows = _rows(options, load_all(options))
         if plot is not None:
             _draw(rows, list(_grid(options)), plot)
     except (ValueError, OSError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""``jaxmerge convert``: the same adapter in another format."""
+"""Converting: the same adapter in another format."""
 
 import argparse
 from pathlib import Path
@@ -8,33 +8,23 @@ from rich.markup import escape
 
 from jaxmerge import io
 from jaxmerge.base import Adapter, nonfinite_modules
-from jaxmerge.cli.console import conversion, out, pattern, print_json, reading, report_error, report_problems, table
-from jaxmerge.cli.remarks import conversion_remark
-from jaxmerge.layouts import Conversion
+from jaxmerge.cli.actions.remarks import conversion_remark
+from jaxmerge.cli.actions.sources import load_one
+from jaxmerge.cli.console import out, report, report_error, table
+from jaxmerge.cli.groups import conversion
+from jaxmerge.cli.words import pattern
 
 
 def run(options: argparse.Namespace) -> int:
     """Converts; returns 1, with nothing written, if something is wrong with the input."""
     try:
-        source, target = Path(options.input), Path(options.output)
-        options.adapters = [options.input]
-        if problems := io.overlap_problems([source], target):
-            return report_problems(problems, options.json)
-        io.check_target(
-            [io.peek(source, **reading(options, 0))], target, Conversion(**conversion(options)), options.force
-        )
-        adapter = io.load(source, **reading(options, 0))
+        adapter = load_one(options)
         if broken := nonfinite_modules(adapter):
-            return report_problems([f"{source}: NaN or inf in {broken[0]}"], options.json)
-        converted = io.save(adapter, target, force=options.force, **conversion(options))
+            raise ValueError(f"{Path(options.input)}: NaN or inf in {broken[0]}")
+        converted = io.save(adapter, Path(options.output), force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
-    summary = summarise(options, adapter, converted)
-    if options.json:
-        print_json(summary)
-    else:
-        _print(summary)
-    return 0
+    return report(summarise(options, adapter, converted), options.json, _print)
 
 
 def summarise(options: argparse.Namespace, adapter: Adapter, converted: Adapter) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxmerge.catalog import METHODS, SPACES
-from jaxmerge.cli.console import percent
+from jaxmerge.cli.words import percent
 from jaxmerge.comparison import Comparison, Pair
 
 _ORTHOGONAL, _ALIKE, _OPPOSED, _SAME = 0.1, 0.3, -0.1, 0.9999

@@ -1,0 +1,51 @@
+"""The adapters that a command reads."""
+
+import argparse
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxmerge import io
+from jaxmerge.base import Adapter
+from jaxmerge.cli.console import progress
+from jaxmerge.cli.groups import conversion, reading
+from jaxmerge.layouts import Conversion
+
+
+def peek_all(options: argparse.Namespace) -> tuple[list[Adapter], list[str]]:
+    """Adapters from their headers alone: those that can be read, and what is wrong with the others."""
+    peeked, problems = [], []
+    for i, path in enumerate(options.adapters):
+        try:
+            peeked.append(io.peek(path, **reading(options, i, len(options.adapters))))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    return peeked, problems
+
+
+def load_all(options: argparse.Namespace, mesh: Mesh | None = None) -> list[Adapter]:
+    """Adapters that stay in their files until they are used, or are spread over a mesh, with a progress bar.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    adapters = []
+    with progress("reading", len(options.adapters)) as advance:
+        for i, path in enumerate(options.adapters):
+            adapters.append(io.load(path, mapped=True, mesh=mesh, **reading(options, i, len(options.adapters))))
+            advance()
+    return adapters
+
+
+def load_one(options: argparse.Namespace, mapped: bool = False) -> Adapter:
+    """The adapter of a command that reads one and writes one, once it is known that the output may be written.
+
+    Raises:
+        ValueError: If it may not, or the adapter cannot be read.
+    """
+    source, target = Path(options.input), Path(options.output)
+    if problems := io.overlap_problems([source], target):
+        raise ValueError("\n".join(problems))
+    peeked = io.peek(source, **reading(options))
+    io.check_target([peeked], target, Conversion(**conversion(options)), options.force)
+    return io.load(source, mapped=mapped, **reading(options))

@@ -1,0 +1,53 @@
+"""``jaxmerge merge``: several adapters into one."""
+
+import argparse
+from typing import Any
+
+from jaxmerge.cli import groups, values
+
+DESCRIPTION = (
+    "Merge LoRA adapters of one base model into one adapter. Without options the result is the exact mean of "
+    "their weight changes."
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of the parser."""
+    parser = commands.add_parser("merge", help="merge adapters into one", description=DESCRIPTION)
+    groups.add_adapters(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    how = groups.add_how(parser)
+    how.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per adapter, any sign (equal)")
+    how.add_argument("--seed", type=values.seed, metavar="N", help="for methods that draw; N is jax.random.key(N)")
+    groups.add_numbers(how)
+    cut = parser.add_argument_group("how each module is cut at the end, by its singular values σ, in place of --rank")
+    groups.add_rules(cut)
+    cut.add_argument("--max-rank", type=values.count, metavar="M", help="the most that such a rule may find")
+    how.add_argument(
+        "--density-scope",
+        choices=("module", "model"),
+        default="module",
+        help="whether a density is of each module, as in PEFT, or of the whole model, as in the TIES paper (module)",
+    )
+    what = parser.add_argument_group("what is written")
+    groups.add_dtype(what, "the sources'")
+    groups.add_format(what, required=False)
+    what.add_argument(
+        "--extras",
+        default="same",
+        metavar="same|average|ADAPTER",
+        help="tensors that are not LoRA factors, where adapters differ: refuse, average, or take those of one "
+        "adapter, named as on the command line or by its number from 1 (same)",
+    )
+    what.add_argument("--allow-different-bases", action="store_true", help="merge across base models")
+    groups.add_force(what)
+    groups.add_machine(parser)
+    groups.add_reading(parser)
+    groups.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Merges; returns 1, with nothing written, if something is wrong with the inputs."""
+    from jaxmerge.cli.actions import merge
+
+    return merge.run(options)

@@ -1,0 +1,30 @@
+"""How numbers and paths are told to people."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+
+def pattern(path: str) -> str:
+    """A module path with its numbers starred, so that layers of one kind share it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent. Never 100 for something that is less."""
+    if fraction >= 1:
+        return "100 %"
+    return f"{min(100 * fraction, 99.9999):.6g} %" if fraction > 0.999 else f"{100 * fraction:.1f} %"
+
+
+def kept_span(fractions: Sequence[float]) -> str:
+    """One fraction in percent, or the smallest and the largest of several."""
+    low, high = percent(min(fractions)), percent(max(fractions))
+    return low if math.isclose(min(fractions), max(fractions)) or low == high else f"{low} … {high}"
+
+
+def span(values: Iterable[float], digits: int = 4) -> str:
+    """One number, or the smallest and the largest of several."""
+    shown = sorted(set(values))
+    ends = [f"{value:.{digits}g}" for value in (shown[0], shown[-1])]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
