@@ -170,7 +170,8 @@ def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixe
         given = arguments(merge)
         numbers = {name: given[name] for name in first.settings[0].numbers}
         choices = dict(first.program.choices)
-        problems += hyperparameter_problems(first.program.method, first.program.space, {**choices, **numbers})
+        cell = first.program.method, first.program.space
+        problems += hyperparameter_problems(*cell, {**choices, **numbers}, len(adapters))
         weights = checked_weights(given["weights"], len(adapters), row.averages, problems)
         settings.append(Setting(weights, numbers))
         keys.append(given["key"])

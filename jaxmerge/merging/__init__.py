@@ -1,6 +1,6 @@
 """`merge`: check, stack modules of equal shape, run ``lift ∘ method ∘ project`` on each stack, name the result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def merge(
     *,
     method: str | None = None,
     space: str | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     combination_type: str | None = None,
     key: Array | None = None,
     mesh: Mesh | None = None,
@@ -42,12 +42,13 @@ def merge(
 
     Args:
         adapters: At least one. A module that only some of them have is merged from those.
-        weights: One number per adapter, of any sign. None: equal weights, 1/n each for methods that sum and 1
-            each for those that average by themselves.
+        weights: One number per adapter, of any sign, or in its place a mapping from module path to the module's own.
+            None: equal weights, 1/n each for methods that sum and 1 each for those that average by themselves.
         method: A name in `METHODS`; ``"linear"`` if None.
         space: A name in `SPACES`; the method's own if None.
         rank: Of the result. None: the exact rank where the result is low-rank, the largest source rank of
-            the module where it is not. Modules that can hold less get what they can.
+            the module where it is not. Modules that can hold less get what they can. A mapping gives every module
+            its own.
         combination_type: One of PEFT's, in place of method and space; `rank` is then PEFT's ``svd_rank``.
         key: A `jax.random.key`, for methods that draw.
         mesh: Spreads the modules over its devices, or the rows of dense deltas where there are fewer modules than
@@ -65,7 +66,9 @@ def merge(
         density_scope: For methods that keep the largest entries: ``"module"`` keeps a fraction of each module's, as
             PEFT does; ``"model"`` one of all the adapter's, as the TIES paper does, so that some modules keep more.
         allow_different_bases: Merges even if the adapters name different base models.
-        **hyperparameters: Of the method, for example ``density=0.2``.
+        **hyperparameters: Of the method, for example ``density=0.2``. In place of a number there may be a mapping from
+            module path to the module's own. What prunes each adapter by itself (`Method.per_adapter`) may also be one
+            number per adapter, ``density=[0.2, 0.5]``, or a mapping to such.
 
     Returns:
         The merged adapter, of scale 1, with what truncation lost in `Adapter.energy`.

@@ -15,10 +15,11 @@ from jaxmerge.base import Adapter, Array, LoRA, has_values, nonfinite_modules
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
+from jaxmerge.values import coverage_problems, each
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-Weights = Sequence[ArrayLike] | Array | None
+Weights = Sequence[ArrayLike | Mapping[str, ArrayLike]] | Array | None
 
 
 def all_paths(adapters: Sequence[Adapter]) -> list[str]:
@@ -78,9 +79,9 @@ def hyperparameters_of(method: str, space: str) -> tuple[Hyperparameter, ...]:
     return (*METHODS[method].hyperparameters, *SPACES[space].taken(METHODS[method]))
 
 
-def sign_problems(method: str, weights: Sequence[ArrayLike]) -> list[str]:
+def sign_problems(method: str, weights: Sequence[Any]) -> list[str]:
     """Whether weights are negative that may not be, as far as they are known."""
-    negative = [weight for weight in weights if isinstance(weight, float) and weight < 0]
+    negative = [one for weight in weights for one in each(weight) if isinstance(one, float) and one < 0]
     if not negative or not METHODS[method].on_units:
         return []
     return [f"method {method} takes weights of 0 or more, not {negative[0]:g}: {METHODS[method].breaks['negation']}"]
@@ -95,8 +96,10 @@ def count_problems(method: str, n: int) -> list[str]:
     return [f"method {method} takes {wanted} adapters, not {n}"]
 
 
-def hyperparameter_problems(method: str, space: str, given: Mapping[str, Any], optional: bool = False) -> list[str]:
-    """What is wrong with the hyperparameters of a cell of the grid; optional ones may be left out."""
+def hyperparameter_problems(
+    method: str, space: str, given: Mapping[str, Any], n: int, optional: bool = False
+) -> list[str]:
+    """What is wrong with the hyperparameters of a cell of the grid for n adapters; optional ones may be left out."""
     known = {h.name: h for h in hyperparameters_of(method, space)}
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
     cell = f"method {method}" + (f" in space {space}" if SPACES[space].hyperparameters else "")
@@ -104,12 +107,31 @@ def hyperparameter_problems(method: str, space: str, given: Mapping[str, Any], o
     for name, hyperparameter in known.items():
         value = given.get(name, hyperparameter.default)
         if value is not None or not optional:
-            problems += hyperparameter_problem(f"method {method}", hyperparameter, value)
-    return problems
+            tasks = n if name in METHODS[method].per_adapter else None
+            problems += hyperparameter_problem(f"method {method}", hyperparameter, value, tasks)
+    return list(dict.fromkeys(problems))
 
 
-def hyperparameter_problem(user: str, hyperparameter: Hyperparameter, value: Any) -> list[str]:
-    """What is wrong with the value of one of a method's or a stage's hyperparameters."""
+def hyperparameter_problem(
+    user: str, hyperparameter: Hyperparameter, value: Any, tasks: int | None = None
+) -> list[str]:
+    """What is wrong with the value of one of a method's or a stage's hyperparameters.
+
+    Args:
+        user: The method or stage, in words.
+        hyperparameter: Its row.
+        value: What is given; for one that may be traced also a mapping from module path to value.
+        tasks: How many numbers there may be in its place, one for each adapter; None where there may be just one.
+
+    Returns:
+        Problems, a line each.
+    """
+    values = each(value) if hyperparameter.traceable else [value]
+    found = [problem for one in values for problem in _problem_of_one(user, hyperparameter, one, tasks)]
+    return list(dict.fromkeys(found))
+
+
+def _problem_of_one(user: str, hyperparameter: Hyperparameter, value: Any, tasks: int | None) -> list[str]:
     name = hyperparameter.name
     if value is None:
         return [f"{user} needs {name}: {hyperparameter.help}"]
@@ -117,11 +139,12 @@ def hyperparameter_problem(user: str, hyperparameter: Hyperparameter, value: Any
         return [f"{name} {value!r} is not one of {', '.join(hyperparameter.choices)}"]
     if hyperparameter.kind == "density":
         try:
-            bind_density(value, 1, name.capitalize())
+            bind_density(value, 1, name.capitalize(), tasks)
         except ValueError as error:
             return [str(error)]
     if hyperparameter.kind in ("number", "count"):
-        return _range_problem(hyperparameter, value)
+        several = tasks is not None and np.shape(value) == (tasks,)
+        return [problem for one in (value if several else [value]) for problem in _range_problem(hyperparameter, one)]
     return []
 
 
@@ -143,22 +166,29 @@ def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
     return []
 
 
-def checked_weights(weights: Weights, n: int, averages: bool, problems: list[str]) -> list[ArrayLike]:
-    """The weights, one per adapter; what is wrong with them is added to the problems."""
+def checked_weights(weights: Weights, n: int, averages: bool, problems: list[str]) -> list[Any]:
+    """The weights, one per adapter or a mapping each; what is wrong with them is added to the problems."""
     if weights is None:
         return [1.0 if averages else 1.0 / n] * n
     if isinstance(weights, jax.Array | np.ndarray) and weights.ndim != 1:
         problems.append(f"weights must be one number per adapter, got an array of shape {weights.shape}")
         return [0.0] * n
-    numbers = [_number(weight) for weight in weights] if isinstance(weights, Iterable) else [None]
-    if any(number is None for number in numbers):
+    numbers = [_weight(weight) for weight in weights] if isinstance(weights, Iterable) else [None]
+    if any(number is None for weight in numbers for number in each(weight)):
         problems.append(f"weights must be one number per adapter, got {weights!r}")
         return [0.0] * n
     if len(numbers) != n:
         problems.append(f"{len(numbers)} weights for {n} adapters: give one weight per adapter")
-    infinite = [number for number in numbers if isinstance(number, float) and not math.isfinite(number)]
-    problems += [f"weight {number} is not a finite number" for number in infinite]
-    return numbers  # type: ignore[return-value]
+    flat = [number for weight in numbers for number in each(weight)]
+    infinite = [number for number in flat if isinstance(number, float) and not math.isfinite(number)]
+    problems += [f"weight {number} is not a finite number" for number in dict.fromkeys(infinite)]
+    return numbers
+
+
+def _weight(weight: Any) -> Any:
+    if isinstance(weight, Mapping):
+        return {path: _number(number) for path, number in weight.items()}
+    return _number(weight)
 
 
 def _number(weight: Any) -> ArrayLike | None:
@@ -172,10 +202,12 @@ def _number(weight: Any) -> ArrayLike | None:
     return float(array) if array.ndim == 0 else None
 
 
-def checked_rank(rank: Any, problems: list[str]) -> int | None:
-    """The rank that is asked for, if any; what is wrong with it is added to the problems."""
+def checked_rank(rank: Any, problems: list[str]) -> Any:
+    """The rank that is asked for, if any, or a mapping of such; what is wrong with it is added to the problems."""
     if rank is None:
         return None
+    if isinstance(rank, Mapping):
+        return {path: checked_rank(own, problems) for path, own in rank.items()}
     if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
         problems.append(f"rank must be a whole number from 1, got {rank!r}")
         return None
@@ -194,6 +226,17 @@ def checked_dtype(dtype: Any, problems: list[str]) -> str | None:
         problems.append(f"dtype {name} is not one of {', '.join(_DTYPES)}")
         return None
     return name
+
+
+def module_problems(adapters: Sequence[Adapter], weights: Sequence[Any], others: Mapping[str, Any]) -> list[str]:
+    """Modules that values given module by module leave out, or that there are none of."""
+    problems = [
+        problem
+        for i, (weight, adapter) in enumerate(zip(weights, adapters, strict=True))
+        for problem in coverage_problems(f"the weight of {adapter_name(adapters, i)}", weight, adapter.modules, listing)
+    ]
+    paths = all_paths(adapters)
+    return problems + [p for name, value in others.items() for p in coverage_problems(name, value, paths, listing)]
 
 
 def key_problems(method: str, key: Any) -> list[str]:

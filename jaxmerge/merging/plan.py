@@ -29,6 +29,7 @@ from jaxmerge.merging.checks import (
     key_problems,
     listing,
     method_and_space,
+    module_problems,
     raise_problems,
     shape_problems,
     sign_problems,
@@ -38,6 +39,7 @@ from jaxmerge.merging.scope import DensityScope, scope_problems
 from jaxmerge.merging.stacks import Bucket, Program
 from jaxmerge.merging.staging import StageLike, checked_stages
 from jaxmerge.merging.steps import Plan, Setting
+from jaxmerge.values import at
 from jaxmerge.version import versions
 
 
@@ -47,7 +49,7 @@ def plan_merge(
     *,
     method: str | None = None,
     space: str | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     combination_type: str | None = None,
     key: Array | None = None,
     mesh: Mesh | None = None,
@@ -67,7 +69,7 @@ def plan_merge(
     method, space = method_and_space(method, space, combination_type)
     # PEFT takes one adapter as it is, whatever the type: weight · scale · B · A.
     alone = combination_type is not None and len(adapters) == 1
-    problems = hyperparameter_problems(method, space, hyperparameters, optional=alone)
+    problems = hyperparameter_problems(method, space, hyperparameters, len(adapters), optional=alone)
     problems += count_problems(method, len(adapters))
     weights = checked_weights(weights, len(adapters), METHODS[method].averages, problems)
     if alone:
@@ -78,6 +80,8 @@ def plan_merge(
     rank, dtype = checked_rank(rank, problems), checked_dtype(dtype, problems)
     problems += shape_problems(adapters)
     problems += base_problems(adapters, allow_different_bases)
+    if len(weights) == len(adapters):
+        problems += module_problems(adapters, weights, {"rank": rank, **hyperparameters})
     metadata, format_problems = combine_metadata(adapters)
     problems += format_problems
     merged_extras, unsettled = merge_extras(adapters, extras)
@@ -91,7 +95,7 @@ def plan_merge(
 
     taken = hyperparameters_of(method, space)
     choices = {h.name: hyperparameters.get(h.name, h.default) for h in taken}
-    numbers = {h.name: choices.pop(h.name) for h in taken if h.traceable}
+    numbers = {h.name: _plain_arrays(choices.pop(h.name)) for h in taken if h.traceable}
     budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), staging.of_modules, mesh)
     problems += scope_problems(density_scope, program, numbers.get("density"))
@@ -127,6 +131,13 @@ def plan_merge(
     )
 
 
+def _plain_arrays(value: Any) -> Any:
+    """A number as it is, and a sequence of them, one per adapter, as an array."""
+    if isinstance(value, Mapping):
+        return {path: _plain_arrays(own) for path, own in value.items()}
+    return np.asarray(value) if isinstance(value, Sequence) else value
+
+
 def as_keys(keys: Sequence[Any]) -> Array:
     """Keys as one array ``[S]`` of typed ones."""
     typed = [key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key) for key in keys]
@@ -137,7 +148,7 @@ def _buckets(
     adapters: Sequence[Adapter],
     program: Program,
     combination_type: str | None,
-    rank: int | None,
+    rank: int | Mapping[str, int] | None,
     dtype: str | None,
     problems: list[str],
 ) -> dict[tuple[Bucket, tuple[int, ...]], list[str]]:
@@ -164,10 +175,10 @@ def _buckets(
         natural = min(max(ranks), capacity) if form.full_rank else capacity
         dtypes = tuple(str(leaf.dtype) for lora in loras for leaf in (lora.a, lora.b))
         own = promote(*dtypes)
-        chosen = natural if wanted is None else min(wanted, capacity)
+        chosen = natural if wanted is None else min(at(wanted, path), capacity)
         bucket = Bucket(features, ranks, loras[0].batch, dtypes, chosen, dtype or str(own))
         buckets.setdefault((bucket, present), []).append(path)
-    if rank is not None and rank > most and not problems:
+    if isinstance(rank, int) and rank > most and not problems:
         problems.append(f"rank {rank} is more than any module can hold: the largest possible is {most}")
     return buckets
 
@@ -207,7 +218,9 @@ def _recordables(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recordable(value: Any) -> Any:
-    """A number as JSON holds it; None for one that is traced."""
+    """A number, numbers, or those of all modules, as JSON holds them; None for what is traced."""
+    if isinstance(value, Mapping):
+        return _recordables(value)
     if not has_values(value):
         return None
     return value if isinstance(value, str) else np.asarray(value).tolist()

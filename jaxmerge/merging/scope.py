@@ -31,6 +31,8 @@ def scope_problems(scope: str, program: Program, density: Any) -> list[str]:
         return []
     if program.row.pruning != "magnitude":
         return [f"method {program.method} does not cut at a magnitude, and takes no density_scope"]
+    if isinstance(density, Mapping):
+        return ["density_scope model takes one density for all modules"]
     if program.sweeps or not has_values(density):
         return ["density_scope model needs a density that is known, and is no part of a sweep"]
     return []
@@ -72,13 +74,13 @@ def count_reaching(
     return jax.lax.map(of_module, (flat.a, flat.b, flat.scales))
 
 
-def model_thresholds(steps: Iterable[Any], n: int, density: float) -> np.ndarray:
+def model_thresholds(steps: Iterable[Any], n: int, density: np.ndarray) -> np.ndarray:
     """The order at and above which so large a fraction of each adapter's entries lies, over all modules.
 
     Args:
         steps: The stacks of a merge.
         n: How many adapters there are.
-        density: The fraction.
+        density: The fraction, of all adapters or ``[n]``.
 
     Returns:
         ``[n]`` unsigned. Entries that are equal at the threshold are all kept, as in the paper's code.

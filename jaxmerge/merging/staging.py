@@ -19,6 +19,7 @@ from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing
 from jaxmerge.spaces import Factors, Lifted
 from jaxmerge.spaces.pipe import nothing_lost
 from jaxmerge.sparsify import round_to
+from jaxmerge.values import coverage_problems
 
 # A name in `STAGES`, alone or with its hyperparameters.
 StageLike = str | tuple[str, Mapping[str, Any]]
@@ -89,7 +90,15 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
         problems += found
         if found:
             continue
+        problems += [
+            problem
+            for other, value in own.items()
+            for problem in coverage_problems(f"{other} of stage {name}", value, all_paths(adapters), listing)
+        ]
         if name == "lines":
+            if varying := [other for other, value in own.items() if isinstance(value, Mapping)]:
+                problems.append(f"{varying[0]} of stage lines is one number: it is depth that makes it differ")
+                continue
             read.append(Stage("scale"))
             numbers.append({"factor": _by_depth(adapters, own, problems)})
             continue

@@ -36,6 +36,7 @@ from jaxmerge.merging.staging import Staging, scaled, squared_norms
 from jaxmerge.selection import Cut
 from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
 from jaxmerge.stages import restoring_factor
+from jaxmerge.values import at
 
 # How many steps are begun before the first of them is waited for.
 _AHEAD = 2
@@ -44,13 +45,24 @@ _AHEAD = 2
 class Setting(NamedTuple):
     """What a merge can be repeated with, without being compiled again.
 
+    Any of them may be a mapping, from module path to the module's own.
+
     Attributes:
         weights: One per adapter.
-        numbers: The numeric hyperparameters.
+        numbers: The numeric hyperparameters, one for all adapters or ``[n]``.
     """
 
-    weights: Sequence[ArrayLike]
+    weights: Sequence[ArrayLike | Mapping[str, ArrayLike]]
     numbers: Mapping[str, Any]
+
+    def weights_at(self, path: str) -> list[ArrayLike]:
+        """The weights of a module."""
+        return [at(weight, path) for weight in self.weights]
+
+    def numbers_at(self, path: str, present: Sequence[int]) -> dict[str, Any]:
+        """The hyperparameters of a module that these adapters have."""
+        own = {name: at(value, path) for name, value in self.numbers.items()}
+        return {name: value[np.asarray(present)] if np.ndim(value) else value for name, value in own.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +99,10 @@ class Plan:
         In the memory of a host without a mesh modules are merged one by one, where they lie.
         """
         mesh, steps = self.program.mesh, []
-        for (bucket, present), paths in self.buckets.items():
+        for bucket, present, paths in self._alike():
             program, devices = self.program, device_count(mesh)
-            numbers = bind_numbers(program, bucket, [setting.numbers for setting in self.settings])
+            own = [setting.numbers_at(paths[0], present) for setting in self.settings]
+            numbers = bind_numbers(program, bucket, own)
             if mesh is None and self._lie_on_host(present, paths):
                 steps += [Step(self, program, bucket, present, [path], 0, numbers) for path in paths]
                 continue
@@ -109,6 +122,37 @@ class Plan:
             ]
         return steps
 
+    def _alike(self) -> Iterator[tuple[Bucket, tuple[int, ...], Sequence[str]]]:
+        """The modules that share a bucket and the hyperparameters."""
+        varying = [
+            value for setting in self.settings for value in setting.numbers.values() if isinstance(value, Mapping)
+        ]
+
+        def own(path: str) -> tuple[Any, ...]:
+            numbers = [at(value, path) for value in varying]
+            return tuple(np.asarray(x).tobytes() if has_values(x) else id(x) for x in numbers)
+
+        for (bucket, present), paths in self.buckets.items():
+            groups: dict[tuple[Any, ...], list[str]] = {}
+            for path in paths:
+                groups.setdefault(own(path), []).append(path)
+            yield from ((bucket, present, group) for group in groups.values())
+
+    def outline(self) -> Adapter:
+        """What the merge will be, as shapes: its leaves are `jax.ShapeDtypeStruct`."""
+        modules = {}
+        for (bucket, _), paths in self.buckets.items():
+            (out, in_), batch = bucket.features, bucket.batch
+            shape = functools.partial(jax.ShapeDtypeStruct, dtype=np.dtype(bucket.dtype))
+            for path in paths:
+                biased = any(path in one.modules and one.modules[path].bias is not None for one in self.adapters)
+                modules[path] = LoRA(
+                    shape((*batch, bucket.rank, in_)),  # type: ignore[arg-type]
+                    shape((*batch, out, bucket.rank)),  # type: ignore[arg-type]
+                    bias=shape((*batch, out)) if biased else None,  # type: ignore[arg-type]
+                )
+        return dataclasses.replace(self.rest, modules={path: modules[path] for path in all_paths(self.adapters)})
+
     def _lie_on_host(self, present: Sequence[int], paths: Sequence[str]) -> bool:
         leaves = (self.adapters[i].modules[path] for i in present for path in paths)
         on_cpu = jax.default_backend() == "cpu"
@@ -124,7 +168,7 @@ class Plan:
         if self.density_scope == "module":
             return None
         with lapack.single_threaded():
-            return model_thresholds(self.steps(), len(self.adapters), float(self.settings[0].numbers["density"]))
+            return model_thresholds(self.steps(), len(self.adapters), np.asarray(self.settings[0].numbers["density"]))
 
     def run(self) -> Iterator[dict[str, tuple[LoRA, Energy]]]:
         """The results of all steps, in order. While one is merged, the next is prepared."""
@@ -164,19 +208,26 @@ class Plan:
 
     def _restoring(self, modules: Mapping[str, LoRA]) -> Array:
         """The factor that gives the whole merge the adapters' mean norm."""
-        weights = self.settings[0].weights
-        total, sources = jnp.zeros(()), jnp.zeros(len(weights))
+        (setting,), n = self.settings, len(self.adapters)
+        total, sources, weighed = jnp.zeros(()), jnp.zeros(n), jnp.zeros(n)
         with lapack.single_threaded():
             for path, lora in modules.items():
                 present = [i for i, adapter in enumerate(self.adapters) if path in adapter.modules]
-                own = squared_norms(lora, [self.adapters[i].modules[path] for i in present])
-                total += own[0].astype(total.dtype)
-                sources = sources.at[jnp.asarray(present)].add(own[1].astype(total.dtype))
-        return restoring_factor(total, sources, jnp.stack([jnp.asarray(weight, total.dtype) for weight in weights]))
+                merged, own = squared_norms(lora, [self.adapters[i].modules[path] for i in present])
+                weights = jnp.stack([jnp.asarray(at(setting.weights[i], path), total.dtype) for i in present])
+                own, at_present = own.astype(total.dtype), jnp.asarray(present)
+                total += merged.astype(total.dtype)
+                sources = sources.at[at_present].add(own)
+                weighed = weighed.at[at_present].add(weights**2 * own)
+        # Where an adapter's weight differs between modules, the one that gives its change the norm it has by those.
+        shared = [jnp.asarray(w, total.dtype) if not isinstance(w, Mapping) else None for w in setting.weights]
+        rms = jnp.sqrt(weighed / jnp.where(sources > 0, sources, 1))
+        weights = jnp.stack([rms[i] if weight is None else weight for i, weight in enumerate(shared)])
+        return restoring_factor(total, sources, weights)
 
     def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
         """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
-        biases = [self._bias_with(setting.weights, path, dtype) for setting in self.settings]
+        biases = [self._bias_with(setting.weights_at(path), path, dtype) for setting in self.settings]
         return jnp.stack(biases) if self.program.sweeps and biases[0] is not None else biases[0]  # type: ignore[arg-type]
 
     def _bias_with(self, weights: Sequence[ArrayLike], path: str, dtype: jnp.dtype) -> Array | None:
@@ -269,12 +320,20 @@ class Step:
     def _function(self) -> Any:
         return merge_stack if self.padded else merge_module
 
-    def _weights(self, modules: int) -> Array:
+    def _weights(self, paths: Sequence[str]) -> Array:
         """``[L, S, n]``."""
-        rows = [[setting.weights[i] for setting in self.plan.settings] for i in self.present]
-        table = _table(rows, self.bucket.wide)
-        broadcast = jnp.broadcast_to if isinstance(table, jax.Array) else np.broadcast_to
-        return broadcast(table, (modules, *table.shape))  # type: ignore[return-value]
+
+        def table(path: str) -> Array:
+            settings = [setting.weights_at(path) for setting in self.plan.settings]
+            return _table([[weights[i] for weights in settings] for i in self.present], self.bucket.wide)
+
+        if any(isinstance(weight, Mapping) for setting in self.plan.settings for weight in setting.weights):
+            tables = [table(path) for path in paths]
+            stack = jnp.stack if any(isinstance(one, jax.Array) for one in tables) else np.stack
+            return stack(tables)  # type: ignore[arg-type, return-value]
+        same = table(paths[0])
+        broadcast = jnp.broadcast_to if isinstance(same, jax.Array) else np.broadcast_to
+        return broadcast(same, (len(paths), *same.shape))  # type: ignore[return-value]
 
     def _arguments(self) -> tuple[Any, ...]:
         inputs = self._inputs()
@@ -295,7 +354,7 @@ class Step:
             a=a,
             b=b,
             scales=_table([[lora.scale for lora in row] for row in loras], wide),
-            weights=self._weights(len(paths)),
+            weights=self._weights(paths),
             keys=None if plan.keys is None else _draws(plan.keys, paths, present),
             stages=plan.staging.of(paths, wide),
         )
