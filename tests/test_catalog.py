@@ -10,7 +10,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge import catalog
-from jaxmerge.cli.methods import markdown
+from jaxmerge.cli.actions.methods import markdown
 from jaxmerge.io.convert import TARGETS
 from jaxmerge.io.trees import TREE_FORMATS
 from jaxmerge.layouts import LAYOUTS
@@ -26,7 +26,7 @@ FLOORS = {
     "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
     "methods": 4, "stages": 4,
     "merging": 5,
-    "comparison": 6,
+    "comparison": 6, "attribution": 6,
     "sweeps": 6, "resizing": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
