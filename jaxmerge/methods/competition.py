@@ -26,8 +26,8 @@ def pcb(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density = 0.
     paper's λᵢ: they neither score nor divide.
 
     This is the authors' code, whose score is not that of the formulas in the paper, without its clipping of magnitudes
-    at the 0.01 % quantiles. The lowest score that is kept, which becomes 0 there, counts for a rounding error here: what
-    only one task keeps is that task's.
+    at the 0.01 % quantiles. The lowest score that is kept, which becomes 0 there, counts for a rounding error here:
+    what only one task keeps is that task's.
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
