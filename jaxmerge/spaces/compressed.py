@@ -70,10 +70,16 @@ def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array]:
         inside = matmul(matmul(u.T, tasks), v)
         return jnp.sum(inside * inside) / total
 
+    def left(v: Array) -> Array:
+        return matmul(tasks, v).transpose(1, 0, 2).reshape(p, n * rank)
+
+    def right(u: Array) -> Array:
+        return matmul(u.T, tasks).transpose(2, 0, 1).reshape(q, n * rank)
+
     def improved(state: tuple[Array, ...]) -> tuple[Array, ...]:
         u, v, held, _, turn = state
-        u = _leading(matmul(tasks, v).transpose(1, 0, 2).reshape(p, n * rank), rank)
-        v = _leading(matmul(u.T, tasks).transpose(2, 0, 1).reshape(q, n * rank), rank)
+        u = _leading(left(v), rank)
+        v = _leading(right(u), rank)
         now = share(u, v)
         # What rounding makes worse is not taken.
         better = now > held
@@ -89,6 +95,9 @@ def _shared_subspaces(tasks: Array, rank: int) -> tuple[Array, Array]:
     held = share(u, v)
     state = (u, v, held, jnp.ones_like(held) - held, jnp.zeros((), jnp.int32))
     u, v, *_ = jax.lax.while_loop(unfinished, improved, state)
+    # Once more, taken in any case: an energy does not show by how much directions are off, but for the square of it.
+    u = jnp.linalg.svd(left(v), full_matrices=False)[0][:, :rank]
+    v = jnp.linalg.svd(right(u), full_matrices=False)[0][:, :rank]
     return u, v
 
 
