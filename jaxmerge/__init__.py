@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxmerge.merging import lower, merge
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
     from jaxmerge.methods.sign_consensus import dare_ties, ties
+    from jaxmerge.previewing import Preview, preview
     from jaxmerge.resizing import resize
     from jaxmerge.sparsify import prune
     from jaxmerge.sweeps import Sweep, sweep
@@ -32,6 +33,7 @@ _HOMES = {
     "jaxmerge.methods.arithmetic": ("dare_linear", "magnitude_prune", "task_arithmetic"),
     "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
     "jaxmerge.datafree": ("scores",),
+    "jaxmerge.previewing": ("Preview", "preview"),
     "jaxmerge.resizing": ("resize",),
     "jaxmerge.sparsify": ("prune",),
     "jaxmerge.sweeps": ("Sweep", "sweep"),
@@ -48,6 +50,7 @@ __all__ = [
     "Energy",
     "LoRA",
     "Metadata",
+    "Preview",
     "Sweep",
     "calculate_majority_sign_mask",
     "compare",
@@ -65,6 +68,7 @@ __all__ = [
     "merge",
     "peek",
     "peft_config",
+    "preview",
     "prune",
     "resize",
     "save",
