@@ -13,7 +13,8 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge.cli import main
-from jaxmerge.merging.stacks import Bucket, Inputs, Program, _merge_module, _Pace, bind_numbers
+from jaxmerge.merging.stacks import Bucket, Inputs, Program, bind_numbers
+from jaxmerge.merging.stacks.kernel import Pace, merge_unbatched
 from tests.helpers import compilations, delta64, relative_error
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -171,7 +172,7 @@ def test_settings_at_a_time_are_settings_in_turn():
         program = dataclasses.replace(program, space=space)
         numbers = bind_numbers(program, bucket, [{"density": setting["density"]} for setting in settings])
         in_turn, together = (
-            jax.jit(functools.partial(_merge_module, program, bucket, pace=_Pace(100, count)))(one, numbers)
+            jax.jit(functools.partial(merge_unbatched, program, bucket, pace=Pace(100, count)))(one, numbers)
             for count in (1, 4)
         )
         delta, other = (lifted.b @ lifted.a for lifted in (in_turn, together))
