@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
     from jaxmerge.methods.sign_consensus import dare_ties, ties
     from jaxmerge.previewing import Preview, preview
+    from jaxmerge.recipes.model import Recipe
+    from jaxmerge.recipes.reading import read_recipe
+    from jaxmerge.recipes.running import merge_recipe
+    from jaxmerge.recipes.schema import recipe_schema
     from jaxmerge.resizing import resize
     from jaxmerge.sparsify import prune
     from jaxmerge.sweeps import Sweep, sweep
@@ -34,6 +38,10 @@ _HOMES = {
     "jaxmerge.methods.sign_consensus": ("dare_ties", "ties"),
     "jaxmerge.datafree": ("scores",),
     "jaxmerge.previewing": ("Preview", "preview"),
+    "jaxmerge.recipes.model": ("Recipe",),
+    "jaxmerge.recipes.reading": ("read_recipe",),
+    "jaxmerge.recipes.running": ("merge_recipe",),
+    "jaxmerge.recipes.schema": ("recipe_schema",),
     "jaxmerge.resizing": ("resize",),
     "jaxmerge.sparsify": ("prune",),
     "jaxmerge.sweeps": ("Sweep", "sweep"),
@@ -50,6 +58,7 @@ __all__ = [
     "Energy",
     "LoRA",
     "Metadata",
+    "Recipe",
     "Preview",
     "Sweep",
     "calculate_majority_sign_mask",
@@ -66,10 +75,13 @@ __all__ = [
     "lower",
     "magnitude_prune",
     "merge",
+    "merge_recipe",
     "peek",
     "peft_config",
     "preview",
     "prune",
+    "read_recipe",
+    "recipe_schema",
     "resize",
     "save",
     "scores",

@@ -28,7 +28,8 @@ FLOORS = {
     "merging": 5,
     "comparison": 6, "attribution": 6,
     "sweeps": 6, "resizing": 6,
-    "cli": 7, "__main__": 8,
+    "recipes": 7,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 
 

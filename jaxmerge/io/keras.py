@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmerge.base import Adapter, LoRA
 from jaxmerge.io import atomic, trees
+from jaxmerge.io.recipe_file import RECIPE, take_recipe
 
 SUFFIX = ".h5"
 
@@ -117,14 +118,21 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     """
     adapter = trees.padded(adapter)
     rank = max(lora.rank for lora in adapter.modules.values())
+    record = json.loads(adapter.metadata.provenance)
+    recipe = take_recipe(record, path.parent)
     buffer = io.BytesIO()
     with _h5py(path).File(buffer, "w") as file:
         file["lora/vars/rank"] = rank
         for name, factors in trees.to_state(adapter).items():
             for key, array in factors.items():
                 file[f"lora/{name}/vars/{key}"] = np.asarray(array)
-        file.attrs["jaxmerge"] = adapter.metadata.provenance
+        file.attrs["jaxmerge"] = json.dumps(record)
+    beside = path.with_suffix(f".{RECIPE}")
+    if recipe is not None:
+        atomic.check_file_target(beside, force)
     atomic.write_file(path, buffer.getvalue(), force=force)
+    if recipe is not None:
+        atomic.write_file(beside, recipe, force=force)
 
 
 def _h5py(path: Path) -> Any:

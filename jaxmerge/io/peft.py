@@ -36,6 +36,7 @@ from jaxmerge.io.peft_keys import (
     nominal_rank,
     read_contents,
 )
+from jaxmerge.io.recipe_file import RECIPE, take_recipe
 from jaxmerge.sharding import fitting, from_first_process
 
 CONFIG = "adapter_config.json"
@@ -43,7 +44,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 PROVENANCE = "jaxmerge.json"
 CARD = "README.md"
-OWNED = (CONFIG, WEIGHTS, PICKLED, PROVENANCE, CARD)
+OWNED = (CONFIG, WEIGHTS, PICKLED, PROVENANCE, CARD, RECIPE)
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         OSError: If the disk fails or is full.
     """
     record = json.loads(adapter.metadata.provenance)
+    recipe = take_recipe(record, path)
     config = export_config(adapter)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
     files = {
@@ -346,6 +348,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         WEIGHTS: _safetensors(tensors),
         PROVENANCE: _json(record),
         CARD: card.model_card(config, record).encode(),
+        **({} if recipe is None else {RECIPE: recipe}),
     }
     atomic.write_folder(path, files, force=force, marker=CONFIG, owned=OWNED)
 

@@ -29,6 +29,7 @@ from jaxmerge.io.orbax.places import (
     looks_like_one,
 )
 from jaxmerge.io.orbax.records import check_alpha, completed, is_of_one_rank, stored_alpha, with_rank
+from jaxmerge.io.recipe_file import RECIPE, take_recipe
 from jaxmerge.sharding import first_process, fitting, gathered, placement
 
 __all__ = ["Place", "check_target", "is_of_one_rank", "is_remote", "load", "looks_like_one", "peek", "save"]
@@ -109,18 +110,22 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
         "format": adapter.metadata.format,
         "scan_axis": trees.scan_axis(adapter),
     }
-    custom["jaxmerge"] = {**json.loads(adapter.metadata.provenance), **kept}
+    path = absolute(path)
+    record = json.loads(adapter.metadata.provenance)
+    recipe = take_recipe(record, path)
+    custom["jaxmerge"] = {**record, **kept}
     if place.sidecar and place.step is not None:
         rank = max(lora.rank for lora in adapter.modules.values())
         sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
         place = dataclasses.replace(place, sidecar=json.dumps(sidecar, indent=2))
     if place.model_config:
         place = dataclasses.replace(place, model_config=keras.with_ranks(place.model_config, adapter.modules))
-    path = absolute(path)
     # What is not replaced Orbax itself commits in its place.
     made = path.parent / f".{path.name}.partial" if replaces else path
     try:
         _write(made, place, tree, custom)
+        if recipe is not None and first_process():
+            (made / RECIPE).write_bytes(recipe)
         if replaces and first_process():
             atomic.put_in_place(made, path, owned=[entry.name for entry in path.iterdir()], force=True)
     except BaseException as error:

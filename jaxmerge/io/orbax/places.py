@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxmerge.io import atomic, peft, trees
+from jaxmerge.io.recipe_file import RECIPE
 
 # Items, and parts of items, that hold copies of the factors under the same names or belong to one run of training.
 _NOT_ADAPTERS = (
@@ -182,13 +183,15 @@ def is_replaceable(folder: Path) -> bool:
     """Whether nothing is in a folder but one checkpoint of one adapter, or what jaxmerge wrote or began to write."""
     if (folder / "_METADATA").is_file():
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith("ocdbt.process_")}
-        return not names - {*_MARKS, *_FLAT}
+        return not names - {*_MARKS, *_FLAT, RECIPE}
     steps = _steps(folder)
     unfinished = [entry for entry in folder.iterdir() if _UNFINISHED in entry.name]
     if steps or unfinished:
         others = [
-            entry for entry in folder.iterdir() if entry not in (*steps, *unfinished) and entry.name != peft.CONFIG
+            entry
+            for entry in folder.iterdir()
+            if entry not in (*steps, *unfinished) and entry.name not in (peft.CONFIG, RECIPE)
         ]
         return not others and len(steps) <= 1 and all("jaxmerge" in custom_metadata(step, None) for step in steps)
     items = _item_folders(folder)
-    return len(items) == 1 and not {entry.name for entry in folder.iterdir()} - {*items, *_MARKS}
+    return len(items) == 1 and not {entry.name for entry in folder.iterdir()} - {*items, *_MARKS, RECIPE}

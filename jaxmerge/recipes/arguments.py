@@ -1,0 +1,111 @@
+"""A recipe as arguments of `jaxmerge.merge` and `jaxmerge.save`, once it is known what modules there are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxmerge.base import Adapter
+from jaxmerge.io.recipe_file import located
+from jaxmerge.layouts import LAYOUTS
+from jaxmerge.merging.checks import hyperparameters_of
+from jaxmerge.recipes import keys
+from jaxmerge.recipes.checks import cell_of, extras_position
+from jaxmerge.recipes.model import Recipe, Source
+from jaxmerge.recipes.modules import Modules
+from jaxmerge.recipes.places import Problem
+from jaxmerge.resizing import Rule, rule_of
+
+
+def merge_arguments(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Any, dict[str, Any], list[Problem]]:
+    """A checked recipe's weights and other arguments of `jaxmerge.merge`, values that vary as mappings.
+
+    Args:
+        recipe: Without problems of its own.
+        adapters: What it merges, or their shapes.
+
+    Returns:
+        The weights, the other arguments, and what is wrong with values at the modules that there are.
+    """
+    modules, sources = Modules(recipe, adapters), recipe.adapters
+    weights = None
+    if any(source.weight is not None for source in sources):
+        weights = [
+            modules.at(source.weight, ("adapters", i, "weight"), list(adapter.modules))
+            for i, (source, adapter) in enumerate(zip(sources, adapters, strict=True))
+        ]
+    arguments = {
+        "method": recipe.method,
+        "space": recipe.space,
+        "combination_type": recipe.combination_type,
+        "rank": _whole(modules.at(recipe.rank, ("rank",))),
+        "dtype": recipe.dtype,
+        "key": None if recipe.seed is None else jax.random.key(recipe.seed),
+        "extras": extras_position(recipe),
+        "stages": [
+            (stage.name, {name: modules.at(x, ("stages", i, stage.name, name)) for name, x in stage.values.items()})
+            for i, stage in enumerate(recipe.stages)
+        ],
+        "density_scope": recipe.density_scope,
+        "allow_different_bases": recipe.allow_different_bases,
+        **_hyperparameters(recipe, adapters, modules),
+    }
+    return weights, arguments, modules.problems
+
+
+def _hyperparameters(recipe: Recipe, adapters: Sequence[Adapter], modules: Modules) -> dict[str, Any]:
+    found = {}
+    for h in hyperparameters_of(*(cell_of(recipe) or ("linear", "full"))):
+        if any(h.name in source.hyperparameters for source in recipe.adapters):
+            otherwise = recipe.hyperparameters.get(h.name, h.default)
+            found[h.name] = _of_each(h.name, otherwise, recipe.adapters, adapters, modules)
+        elif h.name in recipe.hyperparameters:
+            found[h.name] = modules.at(recipe.hyperparameters[h.name], (h.name,))
+    return found
+
+
+def _of_each(
+    name: str, otherwise: Any, sources: Sequence[Source], adapters: Sequence[Adapter], modules: Modules
+) -> Any:
+    """One number per adapter, or a mapping from module path to such."""
+    each = []
+    for i, (source, adapter) in enumerate(zip(sources, adapters, strict=True)):
+        own = name in source.hyperparameters
+        place = ("adapters", i, name) if own else (name,)
+        each.append(modules.at(source.hyperparameters.get(name, otherwise), place, list(adapter.modules)))
+    if not any(isinstance(value, Mapping) for value in each):
+        return each
+
+    def at(path: str) -> list[Any]:
+        found = [value.get(path) if isinstance(value, Mapping) else value for value in each]
+        # An adapter without the module does not use its number.
+        return [next((x for x in found if x is not None), None) if one is None else one for one in found]
+
+    return {path: at(path) for path in modules.paths}
+
+
+def _whole(rank: Any) -> Any:
+    """Ranks on a gradient as whole numbers."""
+    return {path: round(own) for path, own in rank.items()} if isinstance(rank, Mapping) else rank
+
+
+def truncation(recipe: Recipe) -> Rule | None:
+    """How modules are cut at the end; None where they are not."""
+    given = {name: getattr(recipe, name) for name in keys.RULES}
+    return rule_of(**given, max_rank=recipe.max_rank) if any(x is not None for x in given.values()) else None
+
+
+def conversion(recipe: Recipe) -> dict[str, Any]:
+    """What the output's format is, as arguments of `jaxmerge.save`."""
+    asked = {name: getattr(recipe, name) for name in keys.WRITING}
+    if recipe.layout is not None and recipe.layout not in LAYOUTS:
+        asked["layout"] = located(recipe.folder, recipe.layout)
+    return asked
+
+
+def reading(recipe: Recipe, source: Source) -> tuple[str, dict[str, Any]]:
+    """The path of an adapter in a file, and the other arguments of `jaxmerge.load`."""
+    options = {"layout" if name == "tree" else name: value for name, value in source.reading.items()}
+    if options.get("pattern") is not None:
+        options["pattern"] = tuple(options["pattern"])
+    return located(recipe.folder, str(source.path)), options
