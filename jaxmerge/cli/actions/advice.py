@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxmerge.catalog import METHODS, SPACES
-from jaxmerge.cli.words import percent
 from jaxmerge.comparison import Comparison, Pair
+from jaxmerge.words import percent
 
 _ORTHOGONAL, _ALIKE, _OPPOSED, _SAME = 0.1, 0.3, -0.1, 0.9999
 _CONFLICT = 0.55

@@ -11,9 +11,9 @@ from rich.padding import Padding
 from jaxmerge.cli.actions.advice import advise
 from jaxmerge.cli.actions.sources import load_all, peek_all
 from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
-from jaxmerge.cli.words import pattern, percent
 from jaxmerge.comparison import Comparison, Pair, Record, compare, comparison_problems
 from jaxmerge.merging.checks import checked_weights
+from jaxmerge.words import pattern, percent
 
 
 def run(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from jaxmerge.cli.actions.remarks import conversion_remark
 from jaxmerge.cli.actions.sources import load_one
 from jaxmerge.cli.console import out, report, report_error, table
 from jaxmerge.cli.groups import conversion
-from jaxmerge.cli.words import pattern
+from jaxmerge.words import pattern
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,11 +15,11 @@ from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.cli.actions.remarks import conversion_remark
 from jaxmerge.cli.console import out, print_json, report_problems, table
 from jaxmerge.cli.groups import reading
-from jaxmerge.cli.words import pattern, span
 from jaxmerge.io import peft
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
 from jaxmerge.metrics import norms
+from jaxmerge.words import pattern, span
 
 
 def run(options: argparse.Namespace) -> int:

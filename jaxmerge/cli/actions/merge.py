@@ -19,7 +19,6 @@ from jaxmerge.cli.actions.remarks import format_remarks
 from jaxmerge.cli.actions.sources import load_all, peek_all
 from jaxmerge.cli.console import out, progress, report, report_error, report_problems, table
 from jaxmerge.cli.groups import conversion, rules
-from jaxmerge.cli.words import kept_span, pattern, percent, span
 from jaxmerge.io.atomic import existing_ancestor
 from jaxmerge.io.peft_keys import natural_order
 from jaxmerge.layouts import Conversion
@@ -28,6 +27,7 @@ from jaxmerge.merging.plan import plan_merge
 from jaxmerge.metrics import energy_at_rank, spectra
 from jaxmerge.resizing import Rule, rule_of, truncate
 from jaxmerge.sharding import first_process, seen_everywhere
+from jaxmerge.words import kept_span, pattern, percent, span
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxmerge import io
 from jaxmerge.base import Adapter
-from jaxmerge.cli.words import span
+from jaxmerge.words import span
 
 
 def format_remarks(format: str | None, adapters: Sequence[Adapter], result: Adapter, written: Adapter) -> list[str]:
