@@ -30,6 +30,7 @@ class Hyperparameter:
         most: The largest.
         above: What values must be greater than.
         below: What they must be less than.
+        whole: Whether a number must be whole, as a count is, though it may be traced.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Hyperparameter:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    whole: bool = False
 
     @property
     def traceable(self) -> bool:
@@ -188,16 +190,23 @@ class Stage:
             for each.
         hyperparameters: In the order of the signature, but for ``scope``, which is for the caller to heed: a factor for
             each module, or one for the whole model.
+        one_of: Whether just one of them is given.
     """
 
     summary: str
     paper: str
     function: str
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    one_of: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
         return _imported(self.function)
+
+    def taken(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters with their defaults where they are not given; only those given if one is to be."""
+        values = {h.name: given.get(h.name, h.default) for h in self.hyperparameters}
+        return {name: value for name, value in values.items() if value is not None} if self.one_of else values
 
 
 _DENSITY = Hyperparameter("density", "fraction of each task's entries to keep, in (0, 1]", "density")
@@ -678,6 +687,19 @@ STAGES: Mapping[str, Stage] = {
         hyperparameters=(
             Hyperparameter("alpha", "factor at the first layer", "number", default=1.0),
             Hyperparameter("beta", "what is added to it at the last layer", "number", default=1.0),
+        ),
+    ),
+    "truncate": Stage(
+        summary="keep a module's leading singular values, as many as a rule finds",
+        paper="resize_lora in kohya's sd-scripts, https://github.com/kohya-ss/sd-scripts",
+        function="jaxmerge.stages:truncate",
+        one_of=True,
+        hyperparameters=(
+            Hyperparameter("rank", "how many, of those that there are", "number", least=1, whole=True),
+            Hyperparameter("energy", "the fewest that keep this fraction of Σσ²", "number", above=0, most=1),
+            Hyperparameter("sv_ratio", "those of at least the largest / sv_ratio", "number", least=1),
+            Hyperparameter("sv_fro", "the fewest that keep this fraction of √Σσ²", "number", above=0, most=1),
+            Hyperparameter("sv_cumulative", "the fewest that keep this fraction of Σσ", "number", above=0, most=1),
         ),
     ),
     "scale": Stage(

@@ -23,6 +23,7 @@ from jaxmerge.merging.checks import checked_rank, raise_problems
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.merging.stacks import Bucket
 from jaxmerge.sharding import laid_out, placement, seen_everywhere
+from jaxmerge.spectrum import count_by
 from jaxmerge.version import versions
 
 
@@ -140,25 +141,12 @@ class Rule:
         found = int(np.count_nonzero(values))
         if not found:
             return 1
-        relative = values[:found].astype(np.float64) / values[0]
-        wanted = {
-            "rank": lambda: int(self.limit),
-            "energy": lambda: _fewest(relative**2, self.limit),
-            "sv_ratio": lambda: int(np.count_nonzero(relative >= 1 / self.limit)),
-            "sv_fro": lambda: _fewest(relative**2, self.limit**2),
-            "sv_cumulative": lambda: _fewest(relative, self.limit),
-        }[self.name]()
+        wanted = int(count_by(self.name, self.limit, values[:found].astype(np.float64)))
         return min(wanted, found, found if self.most is None else self.most)
 
     def record(self) -> dict[str, Any]:
         """For provenance."""
         return {self.name: self.limit, **({} if self.most is None else {"max_rank": self.most})}
-
-
-def _fewest(terms: np.ndarray, fraction: float) -> int:
-    """How many of the first terms make at least a fraction of their sum."""
-    left = np.cumsum(terms[::-1])[::-1]  # From the small end, so that a fraction next to 1 is told from 1.
-    return 1 + int(np.count_nonzero(left[1:] > left[0] - fraction * left[0]))
 
 
 def rule_of(*, max_rank: int | None = None, **limits: float | None) -> Rule:

@@ -4,7 +4,7 @@ A LoRA's weight change has few directions; whatever an SVD returns beyond them i
 the routine's whims. Here such directions are zero, so that a method that gives every direction a size gives them none.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,30 @@ def polar(matrix: Array) -> Array:
 def mean_value(s: Array) -> Array:
     """The mean of the singular values ``[k]`` that are not null; 0 if all are."""
     return jnp.sum(s) / jnp.maximum(jnp.sum(s > 0).astype(s.dtype), 1)
+
+
+def count_by(rule: str, limit: Any, values: Any) -> Any:
+    """How many of the leading singular values a rule keeps; the rules are kohya's, and energy.
+
+    Args:
+        rule: ``"rank"`` keeps as many as the limit says; ``"energy"``, ``"sv_fro"`` and ``"sv_cumulative"`` the fewest
+            that keep this fraction of Σσ², of √Σσ² and of Σσ; ``"sv_ratio"`` those of at least σ₁ / limit.
+        limit: Scalar; of the values' dtype where they are an array of JAX.
+        values: ``[k]`` of NumPy or JAX, largest first, 0 where they are no more than rounding.
+
+    Returns:
+        Scalar, at least 1. It may be more than there are values that are not 0 for a rank, and where all are 0.
+    """
+    if rule == "rank":
+        return limit
+    xp = values.__array_namespace__()
+    relative = values / xp.where(values[0] > 0, values[0], xp.ones_like(values[0]))
+    if rule == "sv_ratio":
+        return xp.maximum(xp.count_nonzero(relative >= 1 / limit), 1)
+    terms = relative if rule == "sv_cumulative" else relative**2
+    fraction = limit**2 if rule == "sv_fro" else limit
+    left = xp.cumsum(terms[::-1])[::-1]  # From the small end, so that a fraction next to 1 is told from 1.
+    return 1 + xp.count_nonzero(left[1:] > left[0] - fraction * left[0])
 
 
 def at_most(share: ArrayLike, count: Array) -> Array:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.lowrank import balanced, thin_qr
 from jaxmerge.spaces import Factors
-from jaxmerge.spectrum import Spectrum, cutoff, decompose, matmul, mean_value
+from jaxmerge.spectrum import Spectrum, count_by, cutoff, decompose, matmul, mean_value
 
 Pair = tuple[Array, Array]
 
@@ -70,6 +70,43 @@ def calibrate(merged: Pair, sources: Factors, floor: ArrayLike = 0.1) -> Pair:
     return _lift(found._replace(s=found.s * factor), (q_b, q_a))
 
 
+def truncate(
+    merged: Pair,
+    rank: ArrayLike | None = None,
+    energy: ArrayLike | None = None,
+    sv_ratio: ArrayLike | None = None,
+    sv_fro: ArrayLike | None = None,
+    sv_cumulative: ArrayLike | None = None,
+) -> Pair:
+    """Keeps the leading singular values, as many as a rule finds: exactly one of the arguments.
+
+    The rules are those of `jaxmerge.resize`. Here a number may be traced, so that the shapes do not tell how many are
+    kept: rows of `a` and columns of `b` beyond them are 0.
+
+    Args:
+        merged: ``[k, in]`` and ``[out, k]``.
+        rank: From 1; so many, or as many as there are.
+        energy: In (0, 1]; the fewest that keep this fraction of Σσ².
+        sv_ratio: From 1; those of at least σ₁ / sv_ratio.
+        sv_fro: In (0, 1]; the fewest that keep this fraction of the Frobenius norm √Σσ².
+        sv_cumulative: In (0, 1]; the fewest that keep this fraction of Σσ.
+
+    Returns:
+        The same shapes, at most ``min(k, in, out)`` for k.
+
+    Raises:
+        ValueError: If there is not one rule.
+    """
+    rules = {"rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro, "sv_cumulative": sv_cumulative}
+    given = {name: limit for name, limit in rules.items() if limit is not None}
+    if len(given) != 1:
+        raise ValueError(f"truncate takes one of {', '.join(rules)}: {' and '.join(given) or 'none'} was given")
+    ((rule, limit),) = given.items()
+    found, frame = _decompose(merged)
+    kept = count_by(rule, jnp.asarray(limit, found.s.dtype), found.s)
+    return _lift(found.leading(kept.astype(found.s.dtype)), frame)
+
+
 def norm_restore(merged: Pair, sources: Factors, weights: Array) -> Pair:
     """Scales a merge to the mean norm of the adapters: ``mean ‖t‖ / ‖M‖``, module by module (Pico, arXiv:2604.16826).
 
@@ -98,7 +135,13 @@ def squared_norms(merged: Pair, sources: Factors) -> tuple[Array, Array]:
     Returns:
         Scalar, and ``[n]``.
     """
-    return jnp.square(_norm(merged)), jnp.square(_source_norms(sources))
+    return jnp.square(frobenius_norm(merged)), jnp.square(_source_norms(sources))
+
+
+def frobenius_norm(merged: Pair) -> Array:
+    """``‖b @ a‖`` in Frobenius norm; by QRs, for Gram matrices lose it where factors cancel."""
+    a, b = merged
+    return jnp.linalg.norm(matmul(thin_qr(b)[1], thin_qr(a.T)[1].T))
 
 
 def restoring_factor(merged: Array, sources: Array, weights: Array) -> Array:
@@ -188,12 +231,6 @@ def _lift(found: Spectrum, frame: Pair) -> Pair:
     return matmul(a, q_a.T), matmul(q_b, b)
 
 
-def _norm(pair: Pair) -> Array:
-    """``‖b @ a‖``; by QRs, for Gram matrices lose it where factors cancel."""
-    a, b = pair
-    return jnp.linalg.norm(matmul(thin_qr(b)[1], thin_qr(a.T)[1].T))
-
-
 def _source_norms(sources: Factors) -> Array:
-    norms = jnp.stack([_norm(pair) for pair in zip(sources.a, sources.b, strict=True)])
+    norms = jnp.stack([frobenius_norm(pair) for pair in zip(sources.a, sources.b, strict=True)])
     return jnp.abs(sources.scales).astype(norms.dtype) * norms

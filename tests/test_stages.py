@@ -120,6 +120,55 @@ def test_calibrate_does_not_see_an_adapter_of_zeros(sources):
     assert relative_error(product(stages.calibrate(merged, more)), expected) < 1e-6
 
 
+def truncate_reference(merged, rule, limit):
+    """By the definitions, the fewest that do."""
+    u, s, vt = svd(merged)
+    kept = {
+        "rank": lambda k: k == min(limit, len(s)),
+        "energy": lambda k: (s[:k] ** 2).sum() >= limit * (s**2).sum(),
+        "sv_ratio": lambda k: k == len(s) or s[k] < s[0] / limit,
+        "sv_fro": lambda k: np.linalg.norm(s[:k]) >= limit * np.linalg.norm(s),
+        "sv_cumulative": lambda k: s[:k].sum() >= limit * s.sum(),
+    }[rule]
+    k = next(k for k in range(1, len(s) + 1) if kept(k))
+    return u[:, :k] @ np.diag(s[:k]) @ vt[:k]
+
+
+RULES = [
+    ("rank", 1), ("rank", 4), ("rank", 9), ("rank", 30), ("energy", 0.5), ("energy", 0.95), ("sv_ratio", 1.0),
+    ("sv_ratio", 2.5), ("sv_ratio", 1e3), ("sv_fro", 0.9), ("sv_cumulative", 0.2), ("sv_cumulative", 0.8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "limit"), RULES)
+def test_truncate(rule, limit, sources):
+    merged = stacked(sources, WEIGHTS)
+    expected = truncate_reference(product(merged), rule, limit)
+    jitted = jax.jit(lambda limit: stages.truncate(merged, **{rule: limit}))
+    for a, b in (stages.truncate(merged, **{rule: limit}), jitted(jnp.float32(limit))):
+        assert relative_error(product((a, b)), expected) < 1e-5
+        # What is cut is 0, to the bit, and behind what is kept.
+        kept = np.linalg.matrix_rank(expected)
+        assert np.any(np.asarray(a) != 0, axis=1).tolist() == [i < kept for i in range(len(a))]
+        assert np.any(np.asarray(b) != 0, axis=0).tolist() == [i < kept for i in range(len(a))]
+
+
+def test_truncate_keeps_all_that_there_is(sources):
+    """A fraction of 1 is the true rank, of a merge of rank 3 in factors of rank 6."""
+    a, b = sources.a[0], sources.b[0]
+    twice = jnp.concatenate([a, 2 * a]), jnp.concatenate([b, b], axis=1)
+    for rule in ("energy", "sv_fro", "sv_cumulative"):
+        found = stages.truncate(twice, **{rule: 1.0})
+        assert relative_error(product(found), product(twice)) < 1e-5
+        assert np.count_nonzero(np.any(np.asarray(found[0]) != 0, axis=1)) == 3
+
+
+@pytest.mark.parametrize(("rules", "words"), [({}, "none was given"), ({"rank": 2, "energy": 0.5}, "rank and energy")])
+def test_truncate_takes_one_rule(rules, words, sources):
+    with pytest.raises(ValueError, match=f"truncate takes one of rank, energy, .*: {words}"):
+        stages.truncate(stacked(sources, WEIGHTS), **rules)
+
+
 def test_norm_restore(sources):
     merged = stacked(sources, WEIGHTS)
     norms = [np.linalg.norm(task) for task in dense(sources)]
@@ -174,6 +223,7 @@ STAGES = {
     "norm_restore": lambda merged, sources, number: stages.norm_restore(
         merged, sources, jnp.full_like(WEIGHTS, number)
     ),
+    "truncate": lambda merged, sources, number: stages.truncate(merged, energy=1 - number),
     "scale": lambda merged, sources, number: stages.scale(merged, number),
 }
 each_stage = pytest.mark.parametrize("name", STAGES)
@@ -188,6 +238,8 @@ def test_float64(name):
         assert a.dtype == b.dtype == np.float64
         if name == "calibrate":
             assert relative_error(product((a, b)), calibrate_reference(product(merged), dense(sources), 0.2)) < 1e-12
+        if name == "truncate":
+            assert relative_error(product((a, b)), truncate_reference(product(merged), "energy", 0.8)) < 1e-12
         if name == "isotropize":
             u, s, vt = svd(product(merged))
             assert relative_error(product((a, b)), s.mean() * u @ vt) < 1e-12
@@ -231,7 +283,7 @@ def test_a_merge_of_more_than_its_features(name):
     sources = make(out=8, in_=6)
     merged = stacked(sources, WEIGHTS)
     found = STAGES[name](merged, sources, 0.3)
-    if name in ("isotropize", "calibrate"):
+    if name in ("isotropize", "calibrate", "truncate"):
         assert found[0].shape == (6, 6)
         assert found[1].shape == (8, 6)
     if name == "calibrate":
@@ -293,7 +345,7 @@ def test_a_row_agrees_with_its_function(name):
     for parameter, default in own.items():
         assert told[parameter] == (None if default is inspect.Parameter.empty else default)
     assert row.summary
-    assert "arXiv" in row.paper
+    assert any(source in row.paper for source in ("arXiv", "https://"))
     assert inspect.getdoc(row.load())
 
 

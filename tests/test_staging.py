@@ -79,6 +79,116 @@ def test_norms_are_restored_module_by_module_or_for_the_whole():
         assert relative_error(whole[path], factor * delta) < 1e-5
 
 
+def restored(delta, sources, path):
+    """The delta at the norm that the adapters have by their weights."""
+    shares = np.abs(WEIGHTS) / np.abs(WEIGHTS).sum()
+    wanted = shares @ [np.linalg.norm(delta64(source.modules[path])) for source in sources]
+    return delta * wanted / np.linalg.norm(delta)
+
+
+def test_truncation_has_its_place_in_the_order():
+    sources = adapters()
+    truncate = ("truncate", {"rank": 2})
+    before = jm.merge(sources, WEIGHTS, stages=[truncate, "norm_restore"])
+    after = jm.merge(sources, WEIGHTS, stages=["norm_restore", truncate])
+    twice = jm.merge(sources, WEIGHTS, stages=["isotropize", truncate, "isotropize", ("truncate", {"energy": 0.4})])
+    for path, delta in deltas(jm.merge(sources, WEIGHTS)).items():
+        first, then = restored(cut(delta, 2), sources, path), cut(restored(delta, sources, path), 2)
+        assert relative_error(delta64(before.modules[path]), first) < 1e-5
+        assert relative_error(delta64(after.modules[path]), then) < 1e-5
+        assert relative_error(first, then) > 0.05
+        assert before.modules[path].rank == after.modules[path].rank == 2
+        # The shares that the cuts keep of what comes to them: of two equal directions one is enough for 0.4.
+        share = (np.linalg.norm(cut(delta, 2)) / np.linalg.norm(delta)) ** 2
+        for merged, kept, rank in ((before, share, 2), (after, share, 2), (twice, 2 / 9 * 1 / 2, 1)):
+            assert float(merged.energy[path].kept) == pytest.approx(kept, rel=1e-4)
+            held = merged.energy[path].total - merged.energy[path].lost
+            assert float(held) == pytest.approx(np.linalg.norm(delta64(merged.modules[path])) ** 2, rel=1e-4)
+            assert merged.modules[path].rank == rank
+
+
+@pytest.mark.parametrize("rule", [{"rank": 4}, {"energy": 0.8}, {"sv_ratio": 2.0}, {"sv_fro": 0.9},
+                                  {"sv_cumulative": 0.7}], ids=lambda rule: next(iter(rule)))  # fmt: skip
+@pytest.mark.parametrize(("method", "space", "more"), [("linear", "full", {}), ("ties", "core", {"density": 0.5})])
+def test_truncation_at_the_end_is_that_of_resize(method, space, more, rule):
+    sources = adapters()
+    merged = jm.merge(sources, WEIGHTS, method=method, space=space, stages=[("truncate", rule)], **more)
+    expected = jm.resize(jm.merge(sources, WEIGHTS, method=method, space=space, **more), **rule)
+    for path, lora in expected.modules.items():
+        assert merged.modules[path].rank == lora.rank
+        assert relative_error(delta64(merged.modules[path]), delta64(lora)) < 1e-5
+        assert float(merged.energy[path].kept) == pytest.approx(float(expected.energy[path].kept), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 5, 8])
+def test_truncation_and_a_rank_leave_the_smaller(rank):
+    """Of a cut to a larger rank nothing is left but zeros, which go."""
+    sources = adapters()
+    merged = jm.merge(sources, WEIGHTS, rank=rank, stages=[("truncate", {"rank": 5})])
+    for path, delta in deltas(jm.merge(sources, WEIGHTS)).items():
+        assert merged.modules[path].rank == min(5, rank)
+        assert relative_error(delta64(merged.modules[path]), cut(delta, min(5, rank))) < 1e-5
+
+
+def test_truncation_of_what_has_been_cut():
+    """Entrywise methods in the space of whole changes are cut first, to the sources' rank."""
+    sources = adapters()
+    plain = jm.merge(sources, WEIGHTS, method="ties", density=0.5)
+    merged = jm.merge(sources, WEIGHTS, method="ties", density=0.5, stages=[("truncate", {"rank": 2})])
+    for path, delta in deltas(plain).items():
+        assert merged.modules[path].rank == 2
+        assert relative_error(delta64(merged.modules[path]), cut(delta, 2)) < 1e-5
+        share = (np.linalg.norm(cut(delta, 2)) / np.linalg.norm(delta)) ** 2 * float(plain.energy[path].kept)
+        assert float(merged.energy[path].kept) == pytest.approx(share, rel=1e-4)
+
+
+def test_layers_that_are_stacked_share_the_rank_of_the_largest():
+    sources = adapters(batch=(2,))
+    merged = jm.merge(sources, WEIGHTS, stages=[("truncate", {"energy": 0.6})])
+    for path, lora in merged.modules.items():
+        ranks = []
+        for layer in range(2):
+            alone = [
+                jm.Adapter({path: jm.LoRA(x.a[layer], x.b[layer], x.scale)})
+                for x in (source.modules[path] for source in sources)
+            ]
+            one = jm.merge(alone, WEIGHTS, stages=[("truncate", {"energy": 0.6})]).modules[path]
+            ranks.append(one.rank)
+            assert relative_error(jm.delta(lora)[layer], delta64(one)) < 1e-5
+        assert lora.rank == max(ranks)
+
+
+def test_truncation_under_jit_leaves_zeros():
+    sources = adapters()
+
+    @jax.jit
+    def merged(rank):
+        return jm.merge(sources, WEIGHTS, stages=[("truncate", {"rank": rank}), "norm_restore"])
+
+    for rank in (2, 6):
+        expected = jm.merge(sources, WEIGHTS, stages=[("truncate", {"rank": rank}), "norm_restore"])
+        for path, lora in merged(rank).modules.items():
+            assert lora.rank == 9
+            assert relative_error(delta64(lora), delta64(expected.modules[path])) < 1e-5
+            assert not np.asarray(lora.a)[rank:].any()
+            assert not np.asarray(lora.b)[:, rank:].any()
+
+
+def test_truncation_of_nothing_keeps_a_rank_of_one():
+    sources = [jax.tree.map(np.zeros_like, adapter) for adapter in adapters()]
+    merged = jm.merge(sources, stages=[("truncate", {"energy": 0.9}), "norm_restore"])
+    for path, lora in merged.modules.items():
+        assert lora.rank == 1
+        assert not delta64(lora).any()
+        assert merged.energy[path].kept == 1
+
+
+def test_truncation_of_modules_each_by_its_own_rank():
+    sources, ranks = adapters(), dict(zip(SHAPES, (1, 2, 5), strict=True))
+    merged = jm.merge(sources, WEIGHTS, stages=[("truncate", {"rank": ranks})])
+    assert {path: lora.rank for path, lora in merged.modules.items()} == ranks
+
+
 def test_lines_scale_by_depth():
     sources = adapters()
     plain = deltas(jm.merge(sources, WEIGHTS))
@@ -130,6 +240,8 @@ def test_one_program_whatever_the_numbers():
     sources = adapters()
     jm.merge(sources, stages=[("lines", {"alpha": 0.5}), ("scale", {"factor": 2.0})])
     assert not compilations(lambda: jm.merge(sources, stages=[("lines", {"alpha": 0.7}), ("scale", {"factor": 3.0})]))
+    jm.merge(sources, stages=[("truncate", {"rank": 2}), "norm_restore"])
+    assert not compilations(lambda: jm.merge(sources, stages=[("truncate", {"rank": 5}), "norm_restore"]))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +253,12 @@ def test_one_program_whatever_the_numbers():
         ([("calibrate", {"floor": -1.0})], "floor should be above 0"),
         ([("isotropize", {"floor": 1.0})], "stage isotropize has no floor: it takes nothing"),
         ([("norm_restore", {"scope": "half"})], "scope 'half' is not one of module, whole"),
+        (["truncate"], "stage truncate takes one of rank, energy, sv_ratio, sv_fro, sv_cumulative: none was given"),
+        ([("truncate", {"rank": 3, "energy": 0.5})], "stage truncate takes one of .*: rank and energy was given"),
+        ([("truncate", {"rank": 2.5})], "rank should be a whole number, got 2.5"),
+        ([("truncate", {"rank": 0})], "rank should be at least 1, got 0"),
+        ([("truncate", {"energy": 1.5})], "energy should be at most 1 and above 0, got 1.5"),
+        ([("truncate", {"max_rank": 3})], "stage truncate has no max_rank: it takes rank"),
         ([("norm_restore", {"scope": "whole"}), "isotropize"], "isotropize comes after norm_restore over the whole"),
     ],
 )
@@ -201,6 +319,9 @@ def test_the_command_line_stages_and_cuts_as_python_does(tmp_path, capsys):
     [
         (["--stage", "nonsense"], 2, "there is no stage nonsense"),
         (["--stage", "lines:1,2"], 2, "stage lines is given as lines:alpha=,beta="),
+        (["--stage", "truncate:8"], 2, "stage truncate is given as truncate:rank=|energy=|sv_ratio=|sv_fro=|sv_"),
+        (["--stage", "truncate:rank=8,energy=0.9"], 1, "stage truncate takes one of"),
+        (["--stage", "truncate"], 1, "none was given"),
         (["--stage", "calibrate:much"], 1, "floor should be a number, got 'much'"),
         (["--stage", "scale"], 1, "stage scale needs factor"),
         (["--energy", "2"], 1, "energy must be above 0 and at most 1, got 2"),

@@ -79,7 +79,7 @@ def stage(text: str) -> tuple[str, dict[str, float | str]]:
         if key not in own or key in given:
             raise argparse.ArgumentTypeError(f"stage {name} is given as {stage_usage(name)}, not {text}")
         try:
-            given[key] = float(value)
+            given[key] = int(value) if value.isdecimal() else float(value)
         except ValueError:
             given[key] = value
     return name, given
@@ -87,4 +87,5 @@ def stage(text: str) -> tuple[str, dict[str, float | str]]:
 
 def stage_usage(name: str) -> str:
     """How a stage is given."""
-    return ":".join([name, *filter(None, [",".join(f"{h.name}=" for h in STAGES[name].hyperparameters)])])
+    between = "|" if STAGES[name].one_of else ","
+    return ":".join([name, *filter(None, [between.join(f"{h.name}=" for h in STAGES[name].hyperparameters)])])

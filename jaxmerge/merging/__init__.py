@@ -62,7 +62,9 @@ def merge(
             refuses, ``"average"`` takes the mean, a number takes those of the adapter at that position.
         stages: What is done to each module's merge, in this order and before it is cut to its rank: names in `STAGES`,
             or pairs of a name and its hyperparameters, as in ``["calibrate", ("scale", {"factor": 0.7})]``. Where the
-            merge is of full rank, as that of entrywise methods in the space ``full`` is, it is cut first.
+            merge is of full rank, as that of entrywise methods in the space ``full`` is, it is cut first. What the
+            stage ``truncate`` leaves is the rank of the result, unless that is smaller; inside `jax.jit`, where nobody
+            knows, it is filled up with zeros.
         density_scope: For methods that keep the largest entries: ``"module"`` keeps a fraction of each module's, as
             PEFT does; ``"model"`` one of all the adapter's, as the TIES paper does, so that some modules keep more.
         allow_different_bases: Merges even if the adapters name different base models.

@@ -155,7 +155,7 @@ def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
     name, number = hyperparameter.name, None if isinstance(value, bool) else _number(value)
     if not isinstance(number, float) or not math.isfinite(number):
         return [f"{name} should be a number, got {value!r}"]
-    if hyperparameter.kind == "count" and number != int(number):
+    if (hyperparameter.kind == "count" or hyperparameter.whole) and number != int(number):
         return [f"{name} should be a whole number, got {value!r}"]
     bounds = {"at least": hyperparameter.least, "at most": hyperparameter.most,
               "above": hyperparameter.above, "below": hyperparameter.below}  # fmt: skip

@@ -12,10 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxmerge import stages
-from jaxmerge.base import Adapter, Array, Energy, LoRA, precision, promote
+from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
 from jaxmerge.catalog import STAGES
+from jaxmerge.io.peft_keys import outer_module
 from jaxmerge.lowrank import squared_norm, truncate
+from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing
+from jaxmerge.sharding import laid_out, placement, seen_everywhere
 from jaxmerge.spaces import Factors, Lifted
 from jaxmerge.spaces.pipe import nothing_lost
 from jaxmerge.sparsify import round_to
@@ -41,6 +44,11 @@ class Stage:
     def whole(self) -> bool:
         """Whether it waits for all modules."""
         return dict(self.choices).get("scope") == "whole"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it takes directions out of the merge, so that what it loses is told."""
+        return self.name == "truncate"
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,13 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
         known = {h.name: h for h in STAGES[name].hyperparameters}
         takes = f"it takes {', '.join(known)}" if known else "it takes nothing"
         problems += [f"stage {name} has no {other}: {takes}" for other in values if other not in known]
-        own = {h.name: values.get(h.name, h.default) for h in known.values()}
-        found = [problem for h in known.values() for problem in hyperparameter_problem(f"stage {name}", h, own[h.name])]
+        own = STAGES[name].taken(values)
+        found = [
+            problem for other, value in own.items()
+            for problem in hyperparameter_problem(f"stage {name}", known[other], value)
+        ]  # fmt: skip
+        if STAGES[name].one_of and len(own) != 1:
+            found.append(f"stage {name} takes one of {', '.join(known)}: {' and '.join(own) or 'none'} was given")
         problems += found
         if found:
             continue
@@ -102,8 +115,8 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
             read.append(Stage("scale"))
             numbers.append({"factor": _by_depth(adapters, own, problems)})
             continue
-        read.append(Stage(name, tuple((h.name, own[h.name]) for h in known.values() if not h.traceable)))
-        numbers.append({h.name: own[h.name] for h in known.values() if h.traceable})
+        read.append(Stage(name, tuple((other, own[other]) for other in own if not known[other].traceable)))
+        numbers.append({other: own[other] for other in own if known[other].traceable})
     whole = [i for i, stage in enumerate(read) if stage.whole]
     if whole and (late := [stage.name for stage in read[whole[0] + 1 :] if stage.name != "scale"]):
         problems.append(
@@ -139,28 +152,78 @@ def apply(
         rank: Of the result.
 
     Returns:
-        The result. Where the merge had been cut before the stages, the same share of the energy counts as lost.
+        The result. Where the merge had been cut before the stages, or was by one of them, the same share of the energy
+        counts as lost. Directions that a stage has taken out are zeros, behind all others.
     """
     if not program:
         return lifted
     pair, at_hand = (lifted.a, lifted.b), {"sources": sources, "weights": weights}
+    left = jnp.ones_like(lifted.energy.total)
     for stage, own in zip(program, numbers, strict=True):
         function = STAGES[stage.name].load()
         wanted = inspect.signature(function).parameters
         arguments = {name: value for name, value in at_hand.items() if name in wanted}
-        pair = function(pair, **arguments, **own)
+        earlier, pair = pair, function(pair, **arguments, **own)
+        left *= _share(earlier, pair) if stage.cuts else 1
     a, b = pair
     cut = (a, b, nothing_lost(squared_norm(a, b))) if rank >= a.shape[0] else truncate(a, b, rank)
+    if any(stage.cuts for stage in program):
+        # To the decomposition, null directions are rounding errors of some size.
+        there = jnp.arange(cut[0].shape[0]) < jnp.sum(jnp.any(a != 0, axis=1))
+        cut = (jnp.where(there[:, None], cut[0], 0), jnp.where(there, cut[1], 0), cut[2])
     energy, before = cut[2], lifted.energy
     # What share of the merge was there, and how much more of it could have been.
     whole = jnp.where(before.total > 0, before.total, 1)
-    kept = jnp.where(before.total > 0, 1 - before.lost / whole, 1)
+    kept = left * jnp.where(before.total > 0, 1 - before.lost / whole, 1)
     total = energy.total / jnp.where(kept > 0, kept, 1)
     return Lifted(
         cut[0],
         cut[1],
         Energy(total, total - energy.total + energy.lost, energy.missed + before.missed / whole * total),
     )
+
+
+def _share(merged: stages.Pair, cut: stages.Pair) -> Array:
+    """How much of its energy a merge has kept; 1 where it has none."""
+    before, after = (jnp.square(stages.frobenius_norm(pair)) for pair in (merged, cut))
+    return jnp.where(before > 0, jnp.minimum(after / jnp.where(before > 0, before, 1), 1), 1)
+
+
+def narrowed(loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
+    """Merged modules without the directions behind all others that are zeros, as far as values are known.
+
+    Args:
+        loras: Module path -> factors; layers and experts that lie in one module share its rank.
+
+    Returns:
+        The same, each of rank 1 or more. Modules to which a format gives one rank still share it.
+    """
+    if not all(has_values(lora.a) for lora in loras.values()):
+        return dict(loras)
+    ranks: dict[str, int] = {}
+    for path, lora in loras.items():
+        held = np.any(np.asarray(seen_everywhere(lora.a)) != 0, axis=-1).reshape(-1, lora.rank).any(axis=0)
+        release(lora.a)
+        own = int(np.flatnonzero(held)[-1]) + 1 if held.any() else 1
+        ranks[outer_module(path)] = max(ranks.get(outer_module(path), 1), own)
+    return {
+        path: dataclasses.replace(lora, a=_leading(lora.a, rank, -2), b=_leading(lora.b, rank, -1))
+        for path, lora in loras.items()
+        for rank in [ranks[outer_module(path)]]
+    }
+
+
+def _leading(leaf: Any, rank: int, axis: int) -> Any:
+    """The leading rows or columns of a factor, where it lies. What lies on the host is cut there: no compile."""
+    if rank >= leaf.shape[axis]:
+        return leaf
+    index = (..., slice(rank), *[slice(None)] * (-1 - axis))
+    if isinstance(leaf, np.ndarray):
+        return leaf[index]
+    with precision(leaf.dtype):
+        if on_host(leaf) and len(leaf.devices()) == 1:
+            return jnp.asarray(np.asarray(leaf)[index])
+        return laid_out(leaf[index], placement(leaf))
 
 
 def scaled(lora: LoRA, factor: ArrayLike) -> LoRA:

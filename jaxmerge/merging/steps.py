@@ -32,7 +32,7 @@ from jaxmerge.merging.stacks import (
     merge_module,
     merge_stack,
 )
-from jaxmerge.merging.staging import Staging, scaled, squared_norms
+from jaxmerge.merging.staging import Staging, narrowed, scaled, squared_norms
 from jaxmerge.selection import Cut
 from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
 from jaxmerge.stages import restoring_factor
@@ -191,6 +191,8 @@ class Plan:
             lora, energy[path] = merged[path]
             modules[path] = dataclasses.replace(lora, bias=self._bias(path, lora.a.dtype))
         modules, energy = self._after_all(modules, energy)
+        if any(stage.cuts for stage in self.staging.stages) and not self.program.sweeps:
+            modules = narrowed(modules)
         return dataclasses.replace(self.rest, modules=modules, energy=energy)
 
     def _after_all(

@@ -62,7 +62,12 @@ def markdown() -> dict[str, str]:
         "stages": _markdown(
             ("stage", "what it does to a merge", "options (default)", "source"),
             [
-                (f"`{name}`", row.summary, ", ".join(map(_with_default, row.hyperparameters)), _link(row.paper))
+                (
+                    f"`{name}`",
+                    row.summary,
+                    _one_of(row) + ", ".join(map(_with_default, row.hyperparameters)),
+                    _link(row.paper),
+                )
                 for name, row in STAGES.items()
             ],
         ),
@@ -102,7 +107,12 @@ def _spaces(row: Method) -> str:
 
 
 def _options(row: Method | Space | Stage) -> str:
-    return ", ".join(h.name for h in row.hyperparameters) or "-"
+    alone = _one_of(row) if isinstance(row, Stage) else ""
+    return alone + (", ".join(h.name for h in row.hyperparameters) or "-")
+
+
+def _one_of(row: Stage) -> str:
+    return "one of " if row.one_of else ""
 
 
 def _print(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
