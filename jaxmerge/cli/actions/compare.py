@@ -8,11 +8,11 @@ from typing import Any
 from rich.markup import escape
 from rich.padding import Padding
 
-from jaxmerge.cli.actions.advice import advise
 from jaxmerge.cli.actions.sources import load_all, peek_all
 from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
 from jaxmerge.comparison import Comparison, Pair, Record, compare, comparison_problems
 from jaxmerge.merging.checks import checked_weights
+from jaxmerge.reports.advice import advise
 from jaxmerge.words import pattern, percent
 
 
