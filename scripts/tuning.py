@@ -139,7 +139,7 @@ def next_steps(known: Mapping[int, float]) -> list[int]:
         return [best - 2]
     if best == max(known) and best < LIMITS[1]:
         return [best + 2]
-    return [k for k in (best - 1, best + 1) if k not in known]
+    return [k for k in (best - 1, best + 1) if k not in known and LIMITS[0] <= k <= LIMITS[1]]
 
 
 def climb(known: Mapping[int, float], score: Score) -> dict[int, float]:
