@@ -144,7 +144,7 @@ def main() -> None:
         write(results)
         print(quality_tables.told(part, name, records[name]), flush=True)
     if options.readme:
-        quality_tables.write_readme(ROOT / "README.md", results)
+        quality_tables.write_readme(ROOT / "README.md", results, experiment.test.sizes)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from scripts import minilm, quality, scoring, tuning
+from scripts import minilm, quality, quality_tables, scoring, tuning
 from tests.test_minilm import small
 
 CLASSES = 5
@@ -187,3 +187,79 @@ def test_each_thing_to_do_is_named_once_and_makes_what_its_name_says():
         ("rank", "linear/full@16"), ("rank", "ties/full@16"), ("rank", "ties/knots@16"), ("rank", "ties/core@16"),
         *(("stages", f"{method}/full+{stage}") for method in ("linear", "ties") for stage in quality.STAGES),
     ]  # fmt: skip
+
+
+SIZES, OWN = {"one": 40, "two": 40}, {"one": 0.5, "two": 0.8}
+
+
+def record_of(method, space, right, **more):
+    accuracies = {task: float(part) for task, part in scoring.by_task(right, SIZES).items()}
+    each = 100 * scoring.normalised(accuracies, OWN)
+    return {
+        "method": method,
+        "space": space,
+        "rank": 8,
+        "stages": [],
+        "weight": 0.5,
+        "scale": 2.0,
+        "accuracy": {task: 100 * x for task, x in accuracies.items()},
+        "mean": each.mean(),
+        "worst": each.min(),
+        "error": 0.7,
+        "right": np.packbits(right).tobytes().hex(),
+        **more,
+    }
+
+
+def results():
+    best, near, far = (np.zeros(80, bool) for _ in range(3))
+    best[:20] = best[40:72] = True
+    near[1:20] = near[40:72] = True
+    far[:10] = far[40:50] = True
+    return {
+        "alone": {"test": {"own": OWN, "base": {"one": 0.25, "two": 0.4}}},
+        "grid": {
+            "linear/full": record_of("linear", "full", far),
+            "ties/full": record_of("ties", "full", near, density=0.2, weight=1.0),
+            "ties/core": record_of("ties", "core", best, density=0.5, weight=1.0),
+        },
+        "untuned": {"linear": {"mean": 40.0}, "ties 0.2": {"mean": 50.0}, "ties 0.5": {"mean": 60.0}},
+        "rank": {"ties/full@4": record_of("ties", "full", far, rank=4)},
+        "stages": {"linear/full+calibrate": record_of("linear", "full", near, stages=["calibrate"])},
+        "peft": {"svd": {**record_of("", "", far), "density": "None", "weight": 1.0}},
+    }
+
+
+def test_the_tables_tell_what_was_found():
+    found = quality_tables.tables(results(), SIZES)
+    assert found["quality"].splitlines() == [
+        "| method | full | core | untuned |",
+        "| --- | --- | --- | --- |",
+        "| `ties` | **97.5** / 95 | **100.0** / 100 | 60.0 |",
+        "| `linear` | 40.6 / 31 |  | 40.0 |",
+    ]
+    assert found["quality by task"].splitlines() == [
+        "| merge | λ | density | mean | worst | one | two |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base model |  |  | 50.0 | 50.0 | 25.0 | 40.0 |",
+        "| `ties` in `core` | 2 | 0.5 | 100.0 ± 0.7 | 100.0 | 50.0 | 80.0 |",
+        "| `ties` in `full` | 2 | 0.2 | 97.5 ± 0.7 | 95.0 | 47.5 | 80.0 |",
+        "| `linear` in `full` | 1 |  | 40.6 ± 0.7 | 31.2 | 25.0 | 25.0 |",
+        "| PEFT `svd` | 2 |  | 40.6 ± 0.7 | 31.2 | 25.0 | 25.0 |",
+    ]
+    assert found["quality by rank"].splitlines()[2:] == ["| `ties` in `full` | rank 8 to 4 | 97.5 / 95 | 40.6 / 31 |"]
+    assert found["quality by stages"].splitlines()[2:] == ["| `linear` in `full` | calibrate | 40.6 / 31 | 97.5 / 95 |"]
+
+
+def test_tables_go_between_their_marks_and_nothing_else_changes(tmp_path):
+    readme, found = tmp_path / "README.md", quality_tables.tables(results(), SIZES)
+    text = "before\n" + "".join(f"<!-- {mark} -->\nold\n<!-- /{mark} -->\nbetween\n" for mark in found)
+    readme.write_text(text)
+    quality_tables.write_readme(readme, results(), SIZES)
+    for mark, table in found.items():
+        text = text.replace(f"<!-- {mark} -->\nold\n", f"<!-- {mark} -->\n{table}\n")
+    assert readme.read_text() == text
+    readme.write_text("nothing\n")
+    with pytest.raises(SystemExit, match="no marks"):
+        quality_tables.write_readme(readme, results(), SIZES)
+    assert readme.read_text() == "nothing\n"
