@@ -55,9 +55,9 @@ class Setting(NamedTuple):
     weights: Sequence[ArrayLike | Mapping[str, ArrayLike]]
     numbers: Mapping[str, Any]
 
-    def weights_at(self, path: str) -> list[ArrayLike]:
-        """The weights of a module."""
-        return [at(weight, path) for weight in self.weights]
+    def weights_at(self, path: str, present: Sequence[int]) -> list[ArrayLike]:
+        """The weights of a module that these adapters have."""
+        return [at(self.weights[i], path) for i in present]
 
     def numbers_at(self, path: str, present: Sequence[int]) -> dict[str, Any]:
         """The hyperparameters of a module that these adapters have."""
@@ -229,18 +229,22 @@ class Plan:
 
     def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
         """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
-        biases = [self._bias_with(setting.weights_at(path), path, dtype) for setting in self.settings]
+        with_bias = [
+            i for i, one in enumerate(self.adapters) if path in one.modules and one.modules[path].bias is not None
+        ]
+        loras = [self.adapters[i].modules[path] for i in with_bias]
+        biases = [_bias_of(setting.weights_at(path, with_bias), loras, dtype) for setting in self.settings]
         return jnp.stack(biases) if self.program.sweeps and biases[0] is not None else biases[0]  # type: ignore[arg-type]
 
-    def _bias_with(self, weights: Sequence[ArrayLike], path: str, dtype: jnp.dtype) -> Array | None:
-        wide = promote(dtype, jnp.float32)
-        with precision(wide):
-            terms = [
-                jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
-                for weight, adapter in zip(weights, self.adapters, strict=True)
-                if (lora := adapter.modules.get(path)) is not None and lora.bias is not None
-            ]
-            return functools.reduce(operator.add, terms).astype(dtype) if terms else None
+
+def _bias_of(weights: Sequence[ArrayLike], loras: Sequence[LoRA], dtype: jnp.dtype) -> Array | None:
+    wide = promote(dtype, jnp.float32)
+    with precision(wide):
+        terms = [
+            jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
+            for weight, lora in zip(weights, loras, strict=True)
+        ]
+        return functools.reduce(operator.add, terms).astype(dtype) if terms else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,8 +330,8 @@ class Step:
         """``[L, S, n]``."""
 
         def table(path: str) -> Array:
-            settings = [setting.weights_at(path) for setting in self.plan.settings]
-            return _table([[weights[i] for weights in settings] for i in self.present], self.bucket.wide)
+            settings = [setting.weights_at(path, self.present) for setting in self.plan.settings]
+            return _table(list(zip(*settings, strict=True)), self.bucket.wide)
 
         if any(isinstance(weight, Mapping) for setting in self.plan.settings for weight in setting.weights):
             tables = [table(path) for path in paths]
