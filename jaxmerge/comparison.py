@@ -18,10 +18,12 @@ from jaxmerge.merging.checks import (
     all_paths,
     base_problems,
     checked_weights,
+    module_problems,
     raise_problems,
     shape_problems,
     value_problems,
 )
+from jaxmerge.values import at
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,13 @@ class Comparison:
 
     Attributes:
         adapters: What messages call them.
-        weights: Of the weighted sum.
+        weights: Of the weighted sum; one per adapter, a number or a mapping from module path to number.
         total: All modules together.
         modules: Module path -> the module.
     """
 
     adapters: tuple[str, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float | Mapping[str, float], ...]
     total: Record
     modules: Mapping[str, Record]
 
@@ -120,7 +122,7 @@ class Comparison:
         """The records as plain lists, dictionaries and numbers; adapters count from 1 there, as in reports."""
         return {
             "adapters": list(self.adapters),
-            "weights": list(self.weights),
+            "weights": [dict(weight) if isinstance(weight, Mapping) else weight for weight in self.weights],
             "total": _plain(self.total),
             "modules": {path: _plain(record) for path, record in self.modules.items()},
         }
@@ -134,7 +136,8 @@ def compare(adapters: Sequence[Adapter], weights: Weights = None, *, allow_diffe
 
     Args:
         adapters: At least two, of concrete arrays. A module that only some of them have is compared between those.
-        weights: One number per adapter, of any sign, for the weighted sum. None: 1/n each.
+        weights: One per adapter, for the weighted sum: a number of any sign, or a mapping from each of the adapter's
+            module paths to one. None: 1/n each.
         allow_different_bases: Compares even if the adapters name different base models.
 
     Returns:
@@ -149,8 +152,8 @@ def compare(adapters: Sequence[Adapter], weights: Weights = None, *, allow_diffe
     problems = comparison_problems(adapters, allow_different_bases)
     numbers = checked_weights(weights, len(adapters), False, problems)
     raise_problems(problems)
-    raise_problems(value_problems(adapters))
-    numbers = tuple(float(np.asarray(number)) for number in numbers)
+    raise_problems(module_problems(adapters, numbers, {}) + value_problems(adapters))
+    numbers = tuple(map(_as_numbers, numbers))
     # JAX is called here, not in the threads.
     modules = {
         path: {i: _on_host(adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules}
@@ -159,11 +162,10 @@ def compare(adapters: Sequence[Adapter], weights: Weights = None, *, allow_diffe
     with lapack.single_threaded():
         measured = threads.each(lambda item: _measure(*item, numbers), modules.items())
     records = {
-        path: _module_record(loras, matrices, numbers)
-        for (path, loras), matrices in zip(modules.items(), measured, strict=True)
+        path: _module_record(loras, matrices) for (path, loras), matrices in zip(modules.items(), measured, strict=True)
     }
     ranks = {i: max(lora.rank for lora in adapter.modules.values()) for i, adapter in enumerate(adapters)}
-    total = _record([matrix for matrices in measured for matrix in matrices], numbers, ranks, None)
+    total = _record([matrix for matrices in measured for matrix in matrices], ranks, None)
     return Comparison(tuple(adapter_name(adapters, i) for i in range(len(adapters))), numbers, total, records)
 
 
@@ -190,6 +192,7 @@ class _Matrix(NamedTuple):
     """What is measured of one matrix: a module, or one layer of a scan."""
 
     sources: tuple[int, ...]
+    weights: tuple[float, ...]
     entries: int
     gram: np.ndarray
     spectra: Mapping[int, np.ndarray]
@@ -198,12 +201,18 @@ class _Matrix(NamedTuple):
     signs: metrics.Signs
 
 
+def _as_numbers(weight: Any) -> float | dict[str, float]:
+    if isinstance(weight, Mapping):
+        return {path: float(np.asarray(number)) for path, number in weight.items()}
+    return float(np.asarray(weight))
+
+
 def _on_host(lora: LoRA) -> LoRA:
     return LoRA(np.asarray(lora.a), np.asarray(lora.b), float(np.asarray(lora.scale)))
 
 
-def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[float]) -> list[_Matrix]:
-    first = next(iter(loras.values()))
+def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[Any]) -> list[_Matrix]:
+    first, own = next(iter(loras.values())), tuple(at(weights[i], path) for i in loras)
     matrices = []
     for number, index in enumerate(np.ndindex(first.batch)):
         stacked = metrics.stack(
@@ -213,14 +222,14 @@ def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[float]) -> 
         )
         # A seed for every matrix, so that errors are independent and the order of modules does not matter.
         seed = zlib.crc32(f"{path} {number}".encode())
-        matrices.append(_measure_matrix(stacked, tuple(loras), [weights[i] for i in loras], seed))
+        matrices.append(_measure_matrix(stacked, tuple(loras), own, seed))
     for lora in loras.values():
         release(lora.a)
         release(lora.b)
     return matrices
 
 
-def _measure_matrix(stacked: metrics.Stack, sources: tuple[int, ...], weights: Sequence[float], seed: int) -> _Matrix:
+def _measure_matrix(stacked: metrics.Stack, sources: tuple[int, ...], weights: tuple[float, ...], seed: int) -> _Matrix:
     a, b = stacked.a, stacked.b
     gram_a, gram_b = a @ a.T, b @ b.T
     left, right = (metrics.subspaces(gram, stacked.blocks, x.shape[1]) for gram, x in ((gram_b, b), (gram_a, a)))
@@ -230,6 +239,7 @@ def _measure_matrix(stacked: metrics.Stack, sources: tuple[int, ...], weights: S
     blocks = dict(zip(sources, stacked.blocks, strict=True))
     return _Matrix(
         sources,
+        weights,
         a.shape[1] * b.shape[1],
         np.add.reduceat(np.add.reduceat(gram_a * gram_b, stacked.starts, axis=0), stacked.starts, axis=1),
         {i: metrics.squared_singular_values(gram_a[at, at], gram_b[at, at]) for i, at in blocks.items()},
@@ -252,28 +262,27 @@ def _sum_spectrum(
     return np.where(spectrum > rounding, spectrum, 0)[:exact]
 
 
-def _module_record(loras: Mapping[int, LoRA], matrices: Sequence[_Matrix], weights: Sequence[float]) -> Record:
+def _module_record(loras: Mapping[int, LoRA], matrices: Sequence[_Matrix]) -> Record:
     ranks, first = {i: lora.rank for i, lora in loras.items()}, next(iter(loras.values()))
-    record = _record(matrices, weights, ranks, first.features)
+    record = _record(matrices, ranks, first.features)
     if not first.batch:
         return record
     each = len(matrices) // first.batch[0]
     layers = [matrices[i : i + each] for i in range(0, len(matrices), each)]
-    return dataclasses.replace(record, layers=tuple(_record(layer, weights, ranks, first.features) for layer in layers))
+    return dataclasses.replace(record, layers=tuple(_record(layer, ranks, first.features) for layer in layers))
 
 
-def _record(
-    matrices: Sequence[_Matrix], weights: Sequence[float], ranks: Mapping[int, int], features: tuple[int, int] | None
-) -> Record:
+def _record(matrices: Sequence[_Matrix], ranks: Mapping[int, int], features: tuple[int, int] | None) -> Record:
     """Sums up matrices: those of a module, or all."""
-    sources = tuple(ranks)
-    gram = np.zeros((len(weights), len(weights)))
+    sources, n = tuple(ranks), 1 + max(ranks)
+    gram, apart = np.zeros((n, n)), 0.0
     summed = np.zeros(max(len(matrix.sum_spectrum) for matrix in matrices))
     for matrix in matrices:
         gram[np.ix_(matrix.sources, matrix.sources)] += matrix.gram
+        apart += float(np.square(matrix.weights) @ matrix.gram.diagonal())
         summed[: len(matrix.sum_spectrum)] += matrix.sum_spectrum
     norms = np.sqrt(np.maximum(gram.diagonal(), 0))
-    apart, together = float(np.sum((np.asarray(weights) * norms) ** 2)), float(summed.sum())
+    together = float(summed.sum())
     conflict, error = _rate([(m.entries, m.signs.overall, m.signs.drawn) for m in matrices if len(m.sources) > 1])
     smallest, largest = min(norms[i] for i in sources), max(norms[i] for i in sources)
     return Record(

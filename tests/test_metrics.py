@@ -169,6 +169,23 @@ def test_numbers_are_those_of_the_dense_changes(case):
     check_record(found.total, [m for matrices in modules.values() for m in matrices], weights)
 
 
+def test_weights_of_each_module():
+    adapters = [adapter(0), adapter(1, paths=("small", "tall"))]
+    weights = [0.5, {"small": -2.0, "tall": 3.0}]
+    found = jm.compare(adapters, weights)
+    assert found.weights == tuple(weights)
+    assert found.to_json()["weights"] == weights
+    modules = dense(adapters)
+    sums = [m[0][0][0] * 0.5 + (weights[1][path] * m[0][1][0] if 1 in m[0] else 0) for path, m in modules.items()]
+    close(found.total.sum_norm, math.sqrt(sum((s**2).sum() for s in sums)))
+    apart = [m[0][0][0] * 0.5 for m in modules.values()] + [x * modules[p][0][1][0] for p, x in weights[1].items()]
+    close(found.total.sum_energy_ratio, found.total.sum_norm**2 / sum((s**2).sum() for s in apart))
+    for path, numbers in (("small", [0.5, -2.0]), ("large", [0.5, 0.0])):
+        check_record(found.modules[path], modules[path], numbers)
+    with pytest.raises(ValueError, match="says nothing of small"):
+        jm.compare(adapters, [0.5, {"tall": 3.0}])
+
+
 def test_the_gram_matrix_of_real_adapters():
     adapters = [jm.load(ADAPTERS / name) for name in ("sms", "movie", "amazon", "names")]
     found = jm.compare(adapters)
