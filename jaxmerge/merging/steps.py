@@ -6,7 +6,7 @@ import math
 import operator
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,6 +152,18 @@ class Plan:
                     bias=shape((*batch, out)) if biased else None,  # type: ignore[arg-type]
                 )
         return dataclasses.replace(self.rest, modules={path: modules[path] for path in all_paths(self.adapters)})
+
+    def only(self, paths: Iterable[str]) -> "Plan":
+        """The same merge of some of its modules; of all, where what is done to one hangs on the others."""
+        if self.density_scope == "model" or any(stage.whole for stage in self.staging.stages):
+            return self
+        kept = set(paths)
+        buckets = {key: [path for path in own if path in kept] for key, own in self.buckets.items()}
+        adapters = [
+            dataclasses.replace(one, modules={path: lora for path, lora in one.modules.items() if path in kept})
+            for one in self.adapters
+        ]
+        return dataclasses.replace(self, buckets={key: own for key, own in buckets.items() if own}, adapters=adapters)
 
     def _lie_on_host(self, present: Sequence[int], paths: Sequence[str]) -> bool:
         leaves = (self.adapters[i].modules[path] for i in present for path in paths)

@@ -17,6 +17,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.memory import Overflow
 from jaxmerge.merging.plan import plan_merge
+from jaxmerge.merging.steps import Plan
 from jaxmerge.recipes.arguments import merge_arguments, reading, truncation
 from jaxmerge.recipes.headers import called, inspect
 from jaxmerge.recipes.model import Recipe, Source
@@ -104,9 +105,7 @@ def run(recipe: Recipe, workplace: Workplace) -> tuple[Adapter, list[Adapter]]:
     Raises:
         ValueError: If what the files hold is not what the recipe says, or cannot be merged.
     """
-    with workplace.progress("reading", _count(recipe)) as advance:
-        loaded = _load(recipe, workplace, advance)
-    raise_problems([*_other_files(loaded), *_twins(loaded)])
+    loaded = read(recipe, workplace)
     merged, adapters = _merged(loaded, workplace)
     record = {
         **json.loads(merged.metadata.provenance),
@@ -114,6 +113,25 @@ def run(recipe: Recipe, workplace: Workplace) -> tuple[Adapter, list[Adapter]]:
         "recipe_folder": os.path.realpath(recipe.folder),
     }
     return _with_record(merged, record), adapters
+
+
+def read(recipe: Recipe, workplace: Workplace) -> Loaded:
+    """Reads the files of a recipe, and of those inside of it.
+
+    Args:
+        recipe: That `jaxmerge.recipes.headers.inspect` has found no fault with.
+        workplace: What it is run on.
+
+    Returns:
+        The recipe and its sources.
+
+    Raises:
+        ValueError: If what the files hold is not what the recipe says, or is there twice.
+    """
+    with workplace.progress("reading", _count(recipe)) as advance:
+        loaded = _load(recipe, workplace, advance)
+    raise_problems([*_other_files(loaded), *_twins(loaded)])
+    return loaded
 
 
 def _count(recipe: Recipe) -> int:
@@ -179,17 +197,33 @@ def _twins(loaded: Loaded) -> list[Problem]:
     return problems
 
 
-def _merged(loaded: Loaded, workplace: Workplace) -> tuple[Adapter, list[Adapter]]:
+def planned(loaded: Loaded, workplace: Workplace) -> Plan:
+    """The merge of a recipe whose files have been read; the recipes inside of it have been merged then.
+
+    Args:
+        loaded: From `read`.
+        workplace: What it is run on.
+
+    Returns:
+        The plan, with what is merged in it.
+
+    Raises:
+        ValueError: If it cannot be merged.
+    """
     recipe, adapters = loaded.recipe, []
     for source, found in zip(loaded.recipe.adapters, loaded.sources, strict=True):
         adapters.append(found if isinstance(found, Adapter) else _inner(found, workplace, recipe, source))
     weights, arguments, problems = merge_arguments(recipe, adapters)
     raise_problems(problems)
     try:
-        plan = plan_merge(adapters, weights, **arguments, mesh=workplace.mesh, memory=workplace.memory)
+        return plan_merge(adapters, weights, **arguments, mesh=workplace.mesh, memory=workplace.memory)
     except ValueError as error:
         raise_problems([recipe.places.problem((), line) for line in str(error).splitlines()])
         raise
+
+
+def _merged(loaded: Loaded, workplace: Workplace) -> tuple[Adapter, list[Adapter]]:
+    recipe, plan = loaded.recipe, planned(loaded, workplace)
     results, spill = [], workplace.spill
     count = sum(map(len, plan.buckets.values()))
     with contextlib.ExitStack() as stack:
@@ -202,7 +236,7 @@ def _merged(loaded: Loaded, workplace: Workplace) -> tuple[Adapter, list[Adapter
     if recipe.seed is not None:
         merged = _with_record(merged, {**json.loads(merged.metadata.provenance), "seed": recipe.seed})
     rule = truncation(recipe)
-    return truncate(merged, rule) if rule else merged, adapters
+    return truncate(merged, rule) if rule else merged, list(plan.adapters)
 
 
 def _inner(loaded: Loaded, workplace: Workplace, recipe: Recipe, source: Source) -> Adapter:
