@@ -1,7 +1,5 @@
 """Means weighted by how entries compete within and across tasks: PCB-Merging (arXiv:2410.02396)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,9 +7,9 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.consensus import sum_tasks
-from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, weigh
+from jaxmerge.methods.tasks import Tasks, Weights, weigh, with_count
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import Density, bind_density, times
+from jaxmerge.sparsify import Density, times
 
 # Of what is kept at all, the least that it counts for.
 _LEAST_SHARE = 2.0**-23
@@ -41,8 +39,7 @@ def pcb(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density = 0.
     Raises:
         ValueError: If shapes or counts do not match, or the density is negative.
     """
-    tasks = stack_wide(task_tensors)
-    return _pcb(tasks, as_weights(weights, tasks), bind_density(density, math.prod(tasks.shape[1:])).count)
+    return _pcb(*with_count(task_tensors, weights, density))
 
 
 @jax.jit

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights
-from jaxmerge.methods.weighted import Ranks, checked_ranks, task_norms, tasks_present, weighted_tasks
+from jaxmerge.methods.weighted import Ranks, ranked_tasks, task_norms, tasks_present
 from jaxmerge.spectrum import Spectrum, at_most, decompose, decompose_each, matmul, mean_value, polar
 
 
@@ -34,8 +34,7 @@ def tsv(task_tensors: Tasks, weights: Weights, *, ranks: Ranks = None) -> Array:
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _tsv(tasks, checked_ranks(ranks, tasks))
+    return _tsv(*ranked_tasks(task_tensors, weights, ranks))
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
@@ -65,12 +64,11 @@ def iso_cts(task_tensors: Tasks, weights: Weights, *, common_share: ArrayLike = 
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _iso_cts(tasks, common_share, checked_ranks(ranks, tasks))
+    return _iso_cts(*ranked_tasks(task_tensors, weights, ranks), common_share)
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
-def _iso_cts(tasks: Array, common_share: ArrayLike, ranks: tuple[int, ...]) -> Array:
+def _iso_cts(tasks: Array, ranks: tuple[int, ...], common_share: ArrayLike) -> Array:
     scale, present = jnp.max(task_norms(tasks)), tasks_present(tasks)
     total = decompose(jnp.sum(tasks, axis=0), scale, most=sum(ranks))
     beside = total.rank - at_most(common_share, total.rank)

@@ -1,7 +1,6 @@
 """Select, calculate, erase: the merge of FuseChat (arXiv:2408.07990)."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,9 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.consensus import SignMethod, sum_tasks
 from jaxmerge.methods.sign_consensus import Election, checked_choices, elect
-from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_wide, sum_entries, weigh
+from jaxmerge.methods.tasks import Tasks, Weights, sum_entries, weigh, with_count
 from jaxmerge.selection import cut_largest, flat_index
-from jaxmerge.sparsify import Density, bind_density, times
+from jaxmerge.sparsify import Density, times
 
 
 def sce(
@@ -47,9 +46,7 @@ def sce(
         ValueError: If shapes or counts do not match, the density is negative, or a choice unknown.
     """
     checked_choices(majority_sign_method, election)
-    tasks = stack_wide(task_tensors)
-    count = bind_density(density, math.prod(tasks.shape[1:])).count
-    return _sce(tasks, as_weights(weights, tasks), count, majority_sign_method, election)
+    return _sce(*with_count(task_tensors, weights, density), majority_sign_method, election)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "election"))

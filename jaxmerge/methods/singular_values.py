@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights
-from jaxmerge.methods.weighted import Ranks, checked_ranks, task_norms, tasks_present, weighted_tasks
+from jaxmerge.methods.weighted import Ranks, ranked_tasks, task_norms, tasks_present
 from jaxmerge.spectrum import at_least, decompose, decompose_each, mean_value
 
 
@@ -31,8 +31,7 @@ def iso_c(task_tensors: Tasks, weights: Weights, *, ranks: Ranks = None) -> Arra
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _iso_c(tasks, checked_ranks(ranks, tasks))
+    return _iso_c(*ranked_tasks(task_tensors, weights, ranks))
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
@@ -61,12 +60,11 @@ def subspace_boosting(task_tensors: Tasks, weights: Weights, *, beta: ArrayLike 
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _subspace_boosting(tasks, beta, checked_ranks(ranks, tasks))
+    return _subspace_boosting(*ranked_tasks(task_tensors, weights, ranks), beta)
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
-def _subspace_boosting(tasks: Array, beta: ArrayLike, ranks: tuple[int, ...]) -> Array:
+def _subspace_boosting(tasks: Array, ranks: tuple[int, ...], beta: ArrayLike) -> Array:
     total = decompose(jnp.sum(tasks, axis=0), jnp.max(task_norms(tasks)), most=sum(ranks))
     reached = _sum_before(total.s) + total.s >= jnp.asarray(beta, tasks.dtype) * jnp.sum(total.s)
     least = jnp.max(jnp.where(reached, total.s, 0))
@@ -91,12 +89,11 @@ def star(task_tensors: Tasks, weights: Weights, *, eta: ArrayLike = 0.4, ranks: 
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _star(tasks, eta, checked_ranks(ranks, tasks))
+    return _star(*ranked_tasks(task_tensors, weights, ranks), eta)
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
-def _star(tasks: Array, eta: ArrayLike, ranks: tuple[int, ...]) -> Array:
+def _star(tasks: Array, ranks: tuple[int, ...], eta: ArrayLike) -> Array:
     merged = jnp.zeros_like(tasks[0])
     for task in decompose_each(tasks, most=ranks):
         nuclear = jnp.sum(task.s)
@@ -135,12 +132,11 @@ def cart(
     Raises:
         ValueError: If shapes or counts do not match.
     """
-    tasks = weighted_tasks(task_tensors, weights)
-    return _cart(tasks, rank_share, strength, checked_ranks(ranks, tasks))
+    return _cart(*ranked_tasks(task_tensors, weights, ranks), rank_share, strength)
 
 
 @functools.partial(jax.jit, static_argnames="ranks")
-def _cart(tasks: Array, rank_share: ArrayLike, strength: ArrayLike, ranks: tuple[int, ...]) -> Array:
+def _cart(tasks: Array, ranks: tuple[int, ...], rank_share: ArrayLike, strength: ArrayLike) -> Array:
     mean = jnp.sum(tasks, axis=0) / tasks_present(tasks)
     there = jnp.any(tasks != 0, axis=(1, 2), keepdims=True)
     most = (sum(ranks),) * len(ranks)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array, promote
 from jaxmerge.consensus import stacked
-from jaxmerge.sparsify import as_floating, times
+from jaxmerge.sparsify import Density, as_floating, bind_density, times
 
 Tasks = Array | Sequence[ArrayLike]
 Weights = Array | Sequence[ArrayLike]
@@ -43,6 +43,24 @@ def stack_wide(task_tensors: Tasks) -> Array:
     """`stack_tasks`, in float32 or wider."""
     tasks = stack_tasks(task_tensors)
     return tasks.astype(promote(tasks.dtype, jnp.float32))
+
+
+def with_count(task_tensors: Tasks, weights: Weights, density: ArrayLike | Density) -> tuple[Array, Array, Array]:
+    """What methods begin with that select by a score of their own.
+
+    Args:
+        task_tensors: n arrays of one shape, or one array ``[n, ...]``.
+        weights: ``[n]``.
+        density: Fraction of a task's entries.
+
+    Returns:
+        The tasks ``[n, ...]``, float32 or wider; the weights ``[n]``; and how many entries the density comes to.
+
+    Raises:
+        ValueError: If shapes or counts do not match, or the density is negative.
+    """
+    tasks = stack_wide(task_tensors)
+    return tasks, as_weights(weights, tasks), bind_density(density, tasks.size // tasks.shape[0]).count
 
 
 def as_weights(weights: Weights, tasks: Array) -> Array:

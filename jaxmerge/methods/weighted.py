@@ -34,24 +34,26 @@ def weighted_tasks(task_tensors: Tasks, weights: Weights) -> Array:
     return weigh(tasks.astype(dtype), weights.astype(dtype))
 
 
-def checked_ranks(ranks: Ranks, tasks: Array) -> tuple[int, ...]:
-    """The rank of each task, none above what a matrix ``[p, q]`` can have.
+def ranked_tasks(task_tensors: Tasks, weights: Weights, ranks: Ranks) -> tuple[Array, tuple[int, ...]]:
+    """`weighted_tasks`, and the rank of each, none above what a matrix ``[p, q]`` can have.
 
     Args:
+        task_tensors: n arrays ``[p, q]``, or one array ``[n, p, q]``.
+        weights: ``[n]``, of any sign.
         ranks: n of them; None: as much as can be.
-        tasks: ``[n, p, q]``.
 
     Returns:
-        n ranks.
+        ``[n, p, q]``, float32 or wider, and n ranks.
 
     Raises:
-        ValueError: If there are not n of them.
+        ValueError: If the tasks are no matrices, or shapes or counts do not match.
     """
+    tasks = weighted_tasks(task_tensors, weights)
     n, p, q = tasks.shape
     ranks = (min(p, q),) * n if ranks is None else tuple(ranks)
     if len(ranks) != n:
         raise ValueError(f"expected {n} ranks, one per task, got {len(ranks)}")
-    return tuple(min(rank, p, q) for rank in ranks)
+    return tasks, tuple(min(rank, p, q) for rank in ranks)
 
 
 def task_norms(tasks: Array) -> Array:
