@@ -20,6 +20,7 @@ SOURCE = Path(jm.__file__).parent
 
 # A module may import from lower floors, and from its own package.
 FLOORS = {
+    "markup": -2, "values": -2, "words": -2, "tables": -1,
     "base": 0, "threads": 0, "catalog": 0, "layouts": 0, "version": 0,
     "memory": 1, "selection": 1, "datafree": 1, "lowrank": 1, "sharding": 1, "lapack": 1, "spectrum": 1,
     "sparsify": 2, "dense": 2, "metrics": 2,
@@ -27,8 +28,8 @@ FLOORS = {
     "methods": 4, "stages": 4,
     "merging": 5,
     "comparison": 6, "attribution": 6,
-    "sweeps": 6, "resizing": 6,
-    "recipes": 7,
+    "sweeps": 6, "resizing": 6, "previewing": 6, "inspection": 6, "converting": 6,
+    "recipes": 7, "reports": 7, "plots": 8,
     "cli": 9, "__main__": 10,
 }  # fmt: skip
 
