@@ -341,6 +341,29 @@ def test_the_command_line_checks_stages_and_rules(tmp_path, capsys, options, cod
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_truncates_by_depth_and_by_one_rule(tmp_path):
+    sources = adapters()
+    for name, source in zip("abc", sources, strict=True):
+        jm.save(source, tmp_path / name)
+
+    def merged(stages):
+        (tmp_path / "recipe.yaml").write_text(f"adapters: [a, b, c]\nstages: {stages}\n")
+        return jm.merge_recipe(tmp_path / "recipe.yaml")
+
+    # Ranks on a gradient are whole numbers.
+    ranks = dict(zip(SHAPES, (4, 2, 1), strict=True))
+    found = merged("[{truncate: {rank: [4, 1]}}, norm_restore]")
+    assert {path: lora.rank for path, lora in found.modules.items()} == ranks
+    expected = jm.merge(sources, stages=[("truncate", {"rank": ranks}), "norm_restore"])
+    for path, lora in expected.modules.items():
+        assert relative_error(delta64(found.modules[path]), delta64(lora)) < 1e-5
+    for stage, words in (("truncate", "none was given"), ("{truncate: {rank: 2, energy: 0.5}}", "rank and energy was")):
+        with pytest.raises(ValueError, match=f"recipe.yaml:2: stage truncate takes one of rank, energy, .*: {words}"):
+            merged(f"[{stage}]")
+    with pytest.raises(ValueError, match=r"recipe.yaml:2: rank should be a whole number, got 1.5"):
+        merged("[{truncate: {rank: 1.5}}]")
+
+
 def test_a_sweep_takes_stages_of_modules():
     sources = adapters()
     stages = ["isotropize", ("scale", {"factor": 2.0})]

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge import threads
 from jaxmerge.base import Adapter, Array, LoRA, has_values, nonfinite_modules
-from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, Hyperparameter
+from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, STAGES, Hyperparameter
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
 from jaxmerge.values import coverage_problems, each
@@ -110,6 +110,15 @@ def hyperparameter_problems(
             tasks = n if name in METHODS[method].per_adapter else None
             problems += hyperparameter_problem(f"method {method}", hyperparameter, value, tasks)
     return list(dict.fromkeys(problems))
+
+
+def one_of_problems(stage: str, given: Collection[str]) -> list[str]:
+    """Whether a stage that takes just one of its hyperparameters has one."""
+    row = STAGES[stage]
+    if not row.one_of or len(given) == 1:
+        return []
+    known = ", ".join(h.name for h in row.hyperparameters)
+    return [f"stage {stage} takes one of {known}: {' and '.join(given) or 'none'} was given"]
 
 
 def hyperparameter_problem(

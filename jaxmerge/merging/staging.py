@@ -17,7 +17,7 @@ from jaxmerge.catalog import STAGES
 from jaxmerge.io.peft_keys import outer_module
 from jaxmerge.lowrank import squared_norm, truncate
 from jaxmerge.memory import release
-from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing
+from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing, one_of_problems
 from jaxmerge.sharding import laid_out, placement, seen_everywhere
 from jaxmerge.spaces import Factors, Lifted
 from jaxmerge.spaces.pipe import nothing_lost
@@ -98,8 +98,7 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
             problem for other, value in own.items()
             for problem in hyperparameter_problem(f"stage {name}", known[other], value)
         ]  # fmt: skip
-        if STAGES[name].one_of and len(own) != 1:
-            found.append(f"stage {name} takes one of {', '.join(known)}: {' and '.join(own) or 'none'} was given")
+        found += one_of_problems(name, own)
         problems += found
         if found:
             continue

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 
 from jaxmerge.base import Adapter
+from jaxmerge.catalog import STAGES
 from jaxmerge.io.recipe_file import located
 from jaxmerge.layouts import LAYOUTS
 from jaxmerge.merging.checks import hyperparameters_of
 from jaxmerge.recipes import keys
 from jaxmerge.recipes.checks import cell_of, extras_position
-from jaxmerge.recipes.model import Recipe, Source
+from jaxmerge.recipes.model import Recipe, Source, Stage
 from jaxmerge.recipes.modules import Modules
 from jaxmerge.recipes.places import Problem
 from jaxmerge.resizing import Rule, rule_of
@@ -43,14 +44,19 @@ def merge_arguments(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Any, d
         "key": None if recipe.seed is None else jax.random.key(recipe.seed),
         "extras": extras_position(recipe),
         "stages": [
-            (stage.name, {name: modules.at(x, ("stages", i, stage.name, name)) for name, x in stage.values.items()})
-            for i, stage in enumerate(recipe.stages)
+            (stage.name, _of_stage(stage, ("stages", i, stage.name), modules)) for i, stage in enumerate(recipe.stages)
         ],
         "density_scope": recipe.density_scope,
         "allow_different_bases": recipe.allow_different_bases,
         **_hyperparameters(recipe, adapters, modules),
     }
     return weights, arguments, modules.problems
+
+
+def _of_stage(stage: Stage, place: tuple[Any, ...], modules: Modules) -> dict[str, Any]:
+    whole = {h.name for h in STAGES[stage.name].hyperparameters if h.whole}
+    found = {name: modules.at(value, (*place, name)) for name, value in stage.values.items()}
+    return {name: _whole(value) if name in whole else value for name, value in found.items()}
 
 
 def _hyperparameters(recipe: Recipe, adapters: Sequence[Adapter], modules: Modules) -> dict[str, Any]:

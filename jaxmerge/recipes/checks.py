@@ -9,6 +9,7 @@ from jaxmerge.merging.checks import (
     hyperparameter_problem,
     hyperparameters_of,
     method_and_space,
+    one_of_problems,
     sign_problems,
 )
 from jaxmerge.recipes import keys
@@ -190,12 +191,14 @@ def _rank(recipe: Recipe) -> _Found:
 
 def _stages(recipe: Recipe) -> _Found:
     for i, stage in enumerate(recipe.stages):
-        for h in STAGES[stage.name].hyperparameters if stage.name else ():
-            if (
-                h.default is None
-                and h.name not in stage.values
-                and not recipe.places.has("stages", i, stage.name, h.name)
-            ):
+        known = [h for h in STAGES[stage.name].hyperparameters if h.default is None] if stage.name else []
+        # What is there and could not be read is told elsewhere.
+        there = [h.name for h in known if h.name in stage.values or recipe.places.has("stages", i, stage.name, h.name)]
+        if stage.name and STAGES[stage.name].one_of:
+            yield from ((("stages", i), problem) for problem in one_of_problems(stage.name, there))
+            continue
+        for h in known:
+            if h.name not in there:
                 yield ("stages", i), hyperparameter_problem(f"stage {stage.name}", h, None)[0]
 
 

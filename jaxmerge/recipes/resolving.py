@@ -47,8 +47,7 @@ def resolved(recipe: Recipe, sources: Sequence[Recipe | Adapter]) -> Recipe:
 
 
 def _stage(stage: Stage) -> Stage:
-    own = {h.name: stage.values.get(h.name, h.default) for h in STAGES[stage.name].hyperparameters}
-    return Stage(stage.name, own)
+    return Stage(stage.name, STAGES[stage.name].taken(stage.values))
 
 
 def _source(source: Source, found: Recipe | Adapter, equal: float) -> Source:
