@@ -220,12 +220,9 @@ def untuned(experiment: Experiment, method: str, density: float | None = None) -
 
 
 def peers(experiment: Experiment, merges: Mapping[str, jm.Adapter]) -> dict[str, Any]:
-    """The record of merges that were made elsewhere, by density: the one whose best scale is best, and all as they are.
-
-    Where only one is, its density is no matter.
-    """
+    """The record of merges that were made elsewhere, by density: the one whose best scale is best, and it as it was."""
     start = time.perf_counter()
     found = {name: scaled(experiment, merged) for name, merged in merges.items()}
     best = best_of({name: record["val"] for name, record in found.items()})
-    plain = {name: at_test(experiment, merged) for name, merged in merges.items()}
+    plain = at_test(experiment, merges[best])
     return {"density": best, **found[best], "untuned": plain, "seconds": time.perf_counter() - start}
