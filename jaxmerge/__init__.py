@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxmerge.resizing import resize
     from jaxmerge.sparsify import prune
     from jaxmerge.sweeps import Sweep, sweep
+    from jaxmerge.verification import Verification, verify
 
 _HOMES = {
     "jaxmerge.base": ("Adapter", "Energy", "LoRA", "Metadata", "delta", "energy_kept"),
@@ -45,6 +46,7 @@ _HOMES = {
     "jaxmerge.resizing": ("resize",),
     "jaxmerge.sparsify": ("prune",),
     "jaxmerge.sweeps": ("Sweep", "sweep"),
+    "jaxmerge.verification": ("Verification", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -61,6 +63,7 @@ __all__ = [
     "Preview",
     "Recipe",
     "Sweep",
+    "Verification",
     "calculate_majority_sign_mask",
     "compare",
     "contributions",
@@ -90,6 +93,7 @@ __all__ = [
     "ties",
     "to_state",
     "to_torch",
+    "verify",
 ]
 
 

@@ -135,6 +135,13 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         atomic.write_file(beside, recipe, force=force)
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of provenance in a ``.lora.h5`` file that jaxmerge wrote; None where there is none."""
+    with _h5py(path).File(path, "r") as file:
+        record = file.attrs.get("jaxmerge")
+    return None if record is None else json.loads(record)
+
+
 def _h5py(path: Path) -> Any:
     try:
         import h5py

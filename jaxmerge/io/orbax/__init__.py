@@ -32,7 +32,17 @@ from jaxmerge.io.orbax.records import check_alpha, completed, is_of_one_rank, st
 from jaxmerge.io.recipe_file import RECIPE, take_recipe
 from jaxmerge.sharding import first_process, fitting, gathered, placement
 
-__all__ = ["Place", "check_target", "is_of_one_rank", "is_remote", "load", "looks_like_one", "peek", "save"]
+__all__ = [
+    "Place",
+    "check_target",
+    "is_of_one_rank",
+    "is_remote",
+    "load",
+    "looks_like_one",
+    "peek",
+    "read_record",
+    "save",
+]
 
 
 def load(path: Path, item: str | None = None, mesh: Mesh | None = None, **options: Any) -> Adapter:
@@ -63,6 +73,12 @@ def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
     folder, place, shapes, left_out = find(path, item)
     tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
     return _adapter(path, folder, place, tree, {"left_out": left_out}, options)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of provenance in a checkpoint that jaxmerge wrote; None where there is none."""
+    folder, place, _, _ = find(path, None)
+    return custom_metadata(folder, place.item).get("jaxmerge")
 
 
 def check_target(path: Path, force: bool) -> None:

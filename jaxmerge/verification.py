@@ -1,0 +1,240 @@
+"""`verify`: whether a merged adapter is what its record says, and whether each adapter is really in it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmerge import io
+from jaxmerge.attribution import contributions
+from jaxmerge.base import Adapter, LoRA, promote
+from jaxmerge.catalog import METHODS
+from jaxmerge.io.peft.keys import natural_order
+from jaxmerge.io.records import read_record, recipe_beside
+from jaxmerge.merging.steps import Plan
+from jaxmerge.recipes.arguments import truncation
+from jaxmerge.recipes.headers import inspect
+from jaxmerge.recipes.model import Recipe
+from jaxmerge.recipes.reading import read_recipe
+from jaxmerge.recipes.records import recipe_of
+from jaxmerge.recipes.running import Workplace, planned, read
+from jaxmerge.resizing import truncate
+from jaxmerge.values import described
+
+# Modules that are made again unless told otherwise.
+_SAMPLE = 16
+# Relative differences up to which a module counts as made again: those of rounding, on whatever machine, and of a few
+# entries that a threshold takes there and not here.
+_SAME = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+# A share of its weight below which an adapter is not in a result.
+_ABSENT = 1e-3
+
+
+@dataclass(frozen=True)
+class Presence:
+    """One adapter in a merged one.
+
+    Attributes:
+        name: Its path, or what the recipe calls it.
+        weight: That the record says, in words: a number, or the span of those of its modules.
+        found: The number of the adapter in the weighted sum of adapters that is nearest to the result, over the sampled
+            modules: the weight itself for methods that sum. None where the adapter changes nothing there.
+        projection: How many times its weight change lies along itself in the result, others' parts in common with it
+            included; None as above.
+        present: Whether it is in the result.
+    """
+
+    name: str
+    weight: str
+    found: float | None
+    projection: float | None
+    present: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of a merged adapter.
+
+    Attributes:
+        path: The adapter.
+        status: ``"same"``, made again to the bit; ``"close"``, to rounding; ``"different"``; or ``"unknown"`` where it
+            could not be made again.
+        method: A name in `METHODS`; empty where that is not known.
+        space: A name in `SPACES`; empty where that is not known.
+        modules: How many there are.
+        sampled: Those that were made again.
+        error: The largest relative difference of a weight change, in the Frobenius norm; None where nothing was made.
+        adapters: What it was merged from.
+        problems: What is wrong, a line each; none of an adapter that is what it says.
+    """
+
+    path: str
+    status: Literal["same", "close", "different", "unknown"]
+    method: str
+    space: str
+    modules: int
+    sampled: tuple[str, ...]
+    error: float | None
+    adapters: tuple[Presence, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain lists, dictionaries and numbers."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Verification:
+    """Makes a sample of a merged adapter again, from the files that its record names, and compares.
+
+    The hashes of those files are checked. The result has to be there with its record, ``jaxmerge.json`` or what stands
+    for it in other formats, and with the recipe that it was made with, if there was one.
+
+    Args:
+        path: Of an adapter that jaxmerge wrote.
+        modules: How many modules to make again, spread over the model; None for all.
+
+    Returns:
+        What was found; `Verification.ok` says whether all is well.
+
+    Raises:
+        ValueError: If there is no such adapter, or no record of a merge beside it.
+    """
+    place = Path(path)
+    found = io.load(place, mapped=True)
+    record = read_record(place)
+    if record is None or "method" not in record:
+        raise ValueError(f"{place}: has no record of a merge, so that there is nothing to verify it by")
+    unknown = Verification(
+        str(place), "unknown", record["method"], record["space"], len(found.modules), (), None, (), ()
+    )
+    try:
+        recipe = _recipe(place, record)
+        problems = inspect(recipe).problems
+        if problems:
+            return dataclasses.replace(unknown, problems=tuple(str(problem) for problem in problems))
+        plan = planned(read(recipe, Workplace()), Workplace())
+    except ValueError as error:
+        return dataclasses.replace(unknown, problems=tuple(str(error).splitlines()))
+    strange = _strange(found, plan)
+    if strange:
+        return dataclasses.replace(unknown, status="different", problems=tuple(strange))
+    paths = _sample(list(found.modules), modules)
+    some = plan.only(paths)
+    again = some.finish(list(some.run()))
+    again = truncate(again, rule) if (rule := truncation(recipe)) else again
+    return dataclasses.replace(unknown, **_compared(found, again, paths, plan, record))
+
+
+def _recipe(place: Path, record: Mapping[str, Any]) -> Recipe:
+    beside = recipe_beside(place)
+    return recipe_of(record) if beside is None else read_recipe(beside)
+
+
+def _strange(found: Adapter, plan: Plan) -> list[str]:
+    """Modules that the adapter has and the merge has not, or the other way round."""
+    made = {path for paths in plan.buckets.values() for path in paths}
+    missing, more = sorted(made - set(found.modules)), sorted(set(found.modules) - made)
+    name = found.metadata.name
+    return [
+        *([f"{name}: lacks {len(missing)} modules of its adapters, {missing[0]} among them"] if missing else []),
+        *([f"{name}: has {len(more)} modules that none of its adapters has, {more[0]} among them"] if more else []),
+    ]
+
+
+def _sample(paths: Sequence[str], count: int | None) -> list[str]:
+    """Some paths, evenly spread in natural order."""
+    ordered = sorted(paths, key=natural_order)
+    if count is None or count >= len(ordered):
+        return ordered
+    places = np.linspace(0, len(ordered) - 1, max(1, count)).round().astype(int)
+    return [ordered[i] for i in dict.fromkeys(places.tolist())]
+
+
+def _compared(
+    found: Adapter, again: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[str, Any]
+) -> dict[str, Any]:
+    dtype = str(found.modules[paths[0]].a.dtype)
+    errors = {path: _difference(again.modules[path], found.modules[path]) for path in paths}
+    worst = max(errors, key=lambda path: errors[path])
+    # A format may hold the same change in other factors: bits are compared where it does not.
+    alike = all(_same_bits(again.modules[path], found.modules[path]) for path in paths)
+    name, error = found.metadata.name, 0.0 if alike else errors[worst]
+    status = "same" if alike else "close" if error <= _SAME[dtype] else "different"
+    problems = []
+    if status == "different":
+        problems.append(f"{name}: {worst} differs by {100 * error:.2g} % from what its recipe makes")
+    adapters = _presence(found, paths, plan, record)
+    lost = [one.name for one in adapters if not one.present]
+    problems += [f"{name}: {lacking} is not in it" for lacking in lost]
+    return {
+        "status": status,
+        "sampled": tuple(paths),
+        "error": error,
+        "adapters": tuple(adapters),
+        "problems": tuple(problems),
+    }
+
+
+def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[str, Any]) -> list[Presence]:
+    """How much of each adapter the sampled modules hold."""
+    kept = set(paths)
+
+    def part(adapter: Adapter) -> Adapter:
+        some = {path: lora for path, lora in adapter.modules.items() if path in kept}
+        return dataclasses.replace(adapter, modules=some)
+
+    sources = [part(adapter) for adapter in plan.adapters]
+    has = [i for i, source in enumerate(sources) if source.modules]
+    shares = dict.fromkeys(range(len(sources)))
+    measured = contributions(dataclasses.replace(part(found), energy={}), [sources[i] for i in has])
+    shares |= {has[share.adapter]: share for share in measured.total.shares}
+    made = []
+    for i, (adapter, weight) in enumerate(zip(plan.adapters, record["weights"], strict=True)):
+        share = shares[i]
+        fit, projection = (None, None) if share is None else (share.fit, share.projection)
+        sums = METHODS[record["method"]].linear
+        wanted = _smallest(weight) if sums else _ABSENT
+        absent = projection is not None and fit is not None and max(abs(fit), abs(projection)) < _ABSENT * wanted
+        made.append(
+            Presence(adapter.metadata.name or f"adapter {i + 1}", described(weight), fit, projection, not absent)
+        )
+    return made
+
+
+def _smallest(weight: Any) -> float:
+    numbers = list(weight.values()) if isinstance(weight, Mapping) else [weight]
+    return min(abs(number) for number in numbers)
+
+
+def _difference(made: LoRA, found: LoRA) -> float:
+    """How far two weight changes are apart, by the norm of the first; inf where that is 0 and the second is not."""
+    dtype = promote(made.a.dtype, found.a.dtype, np.float64)
+
+    def flat(leaf: Any) -> np.ndarray:
+        return np.asarray(leaf).astype(dtype).reshape(-1, *leaf.shape[-2:])
+
+    a, b = flat(made.a), flat(made.b) * float(np.asarray(made.scale))
+    other_a, other_b = flat(found.a), flat(found.b) * float(np.asarray(found.scale))
+    apart = _norm(np.concatenate([a, other_a], axis=1), np.concatenate([b, -other_b], axis=2))
+    own = _norm(a, b)
+    return apart / own if own > 0 else 0.0 if apart == 0 else float("inf")
+
+
+def _norm(a: np.ndarray, b: np.ndarray) -> float:
+    """Of all ``b @ a`` together, by QRs, which do not square what cancels."""
+    squares = [np.sum((np.linalg.qr(y)[1] @ np.linalg.qr(x.T)[1].T) ** 2) for x, y in zip(a, b, strict=True)]
+    return float(np.sqrt(sum(squares)))
+
+
+def _same_bits(made: LoRA, found: LoRA) -> bool:
+    pairs = [(made.a, found.a), (made.b, found.b)]
+    return all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
