@@ -79,7 +79,8 @@ def test_json_tells_everything(tmp_path, capsys):
     summary = json.loads(capsys.readouterr().out)
     assert summary["ok"] is True
     assert summary["seed"] == 3
-    assert summary["hyperparameters"] == {"density": 0.5, "majority_sign_method": "total"}
+    defaults = {"majority_sign_method": "total", "election": "unweighted", "divisor": "count"}
+    assert summary["hyperparameters"] == {"density": 0.5, **defaults}
     assert [source["weight"] for source in summary["inputs"]] == [1.0, 1.0]
     assert len(summary["modules"]) == 36
     assert {module["rank"] for module in summary["modules"].values()} == {8}

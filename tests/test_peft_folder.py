@@ -782,7 +782,8 @@ def test_the_record(tmp_path):
     ]
     assert record["weights"] == [0.5, -2]
     assert (record["method"], record["space"], record["combination_type"]) == ("dare_ties", "full", None)
-    assert record["hyperparameters"] == {"density": 0.3, "majority_sign_method": "frequency"}
+    defaults = {"election": "unweighted", "divisor": "count"}
+    assert record["hyperparameters"] == {"density": 0.3, "majority_sign_method": "frequency", **defaults}
     assert record["key"] == np.asarray(jax.random.key_data(jax.random.key(9))).tolist()
     assert record["versions"]["jax"] == jax.__version__
     assert record["versions"].keys() >= {"jaxmerge", "jax", "jaxlib"}
