@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxmerge import lapack, threads
 from jaxmerge.base import Adapter, Energy, LoRA, has_values, precision
-from jaxmerge.io.peft_keys import outer_module
+from jaxmerge.io.peft.keys import outer_module
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import checked_rank, raise_problems
 from jaxmerge.merging.plan import plan_merge

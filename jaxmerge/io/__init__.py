@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jaxmerge.base import Adapter, Energy, LoRA, Metadata, energy_kept, nonfinite_modules, on_host
 from jaxmerge.io import convert, keras, orbax, peft, trees
-from jaxmerge.io.peft_config import combine_configs, export_config
-from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.io.peft.config import combine_configs, export_config
+from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.sharding import first_process, seen_everywhere, wait_for_all
 

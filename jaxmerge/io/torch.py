@@ -14,7 +14,7 @@ import torch
 
 from jaxmerge.base import Adapter, AnyArray
 from jaxmerge.io import peft
-from jaxmerge.io.peft_keys import PREFIX, TensorSpec, read_contents
+from jaxmerge.io.peft.keys import PREFIX, TensorSpec, read_contents
 
 _SPELLING = {
     torch.float32: "F32",

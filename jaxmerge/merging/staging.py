@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxmerge import stages
 from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
 from jaxmerge.catalog import STAGES
-from jaxmerge.io.peft_keys import outer_module
+from jaxmerge.io.peft.keys import outer_module
 from jaxmerge.lowrank import squared_norm, truncate
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing, one_of_problems

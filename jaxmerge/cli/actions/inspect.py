@@ -16,7 +16,7 @@ from jaxmerge.cli.actions.remarks import conversion_remark
 from jaxmerge.cli.console import out, print_json, report_problems, table
 from jaxmerge.cli.groups import reading
 from jaxmerge.io import peft
-from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
 from jaxmerge.metrics import norms
 from jaxmerge.words import pattern, span

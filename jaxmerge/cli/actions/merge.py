@@ -20,7 +20,7 @@ from jaxmerge.cli.actions.sources import load_all, peek_all
 from jaxmerge.cli.console import out, progress, report, report_error, report_problems, table
 from jaxmerge.cli.groups import conversion, rules
 from jaxmerge.io.atomic import existing_ancestor
-from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.layouts import Conversion
 from jaxmerge.memory import Overflow
 from jaxmerge.merging.plan import plan_merge

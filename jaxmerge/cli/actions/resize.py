@@ -13,7 +13,7 @@ from jaxmerge.cli.actions.remarks import format_remarks
 from jaxmerge.cli.actions.sources import load_one
 from jaxmerge.cli.console import out, report, report_error, table
 from jaxmerge.cli.groups import conversion, rules
-from jaxmerge.io.peft_keys import natural_order
+from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.resizing import resize, rule_of
 from jaxmerge.words import kept_span, pattern, percent, span
 

@@ -11,7 +11,7 @@ from jaxmerge.base import Adapter, LoRA, Metadata, promote
 from jaxmerge.io.convert.pieces import Piece, sides, target_layout
 from jaxmerge.io.convert.regroup import RANK, Factors, stacked
 from jaxmerge.io.convert.targets import Target
-from jaxmerge.io.peft_keys import Layout, natural_order
+from jaxmerge.io.peft.keys import Layout, natural_order
 from jaxmerge.io.trees import Tree, lost_in_scaling
 from jaxmerge.layouts import Row
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmerge.base import Adapter, LoRA
-from jaxmerge.io.peft_keys import TOKENS, Layout, as_list, natural_order, outer_module
+from jaxmerge.io.peft.keys import TOKENS, Layout, as_list, natural_order, outer_module
 
 # Fields that belong to how the first adapter was made and not to what the merged one is.
 _RESET: Mapping[str, Any] = {
