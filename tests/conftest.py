@@ -5,6 +5,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing of the tests goes into the user's cache folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+# As `jaxmerge.lapack` has it: the BLAS of NumPy and SciPy would spin on all cores for matrices of these sizes, and each
+# process of a parallel run on all of them. Before either is imported.
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -21,9 +21,14 @@ def factors(p, q, r=3, n=3):
     return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jnp.asarray([1.0, 0.5, 2.0])[:n]
 
 
+# How large blocks may be: the matrix is one block, of few or many entries; some, the last one in part; many; or blocks
+# that it fills, of rows longer than that.
+CUTS = [((7, 5), [64]), ((100, 30), [64, 2000]), ((257, 190), [2000, 2**18]), ((64, 1000), [64])]
+
+
 @pytest.mark.parametrize("method", [name for name, row in jm.METHODS.items() if row.combine])
-@pytest.mark.parametrize("shape", [(7, 5), (100, 30), (257, 190), (64, 1000)])
-def test_blocks_give_what_whole_deltas_give(method, shape):
+@pytest.mark.parametrize(("shape", "sizes"), CUTS, ids=["×".join(map(str, shape)) for shape, _ in CUTS])
+def test_blocks_give_what_whole_deltas_give(method, shape, sizes):
     row = jm.METHODS[method]
     n = row.most or 3
     a, b, scales = factors(*shape, n=n)
@@ -34,7 +39,7 @@ def test_blocks_give_what_whole_deltas_give(method, shape):
     options = {h.name: numbers.get(h.name, h.default) for h in row.hyperparameters}
     expected = row.load()(deltas, weights, **options, **({"key": keys} if row.random else {}))
     density, gamma, epsilon = (options.pop(name, None) for name in ("density", "gamma", "epsilon"))
-    for entries in (64, 2000, 2**18):
+    for entries in sizes:
 
         @jax.jit
         def merged(a, b, epsilon, entries=entries):
@@ -70,11 +75,16 @@ def spectrum(kind, p, q):
     return (u * values) @ v.T
 
 
+@jax.jit
+def leading(matrix):
+    return truncated_svd(Matrix(matrix), 16)
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("kind", ["noise", "ties", "flat", "steep", "rank 3"])
 def test_the_leading_part_is_within_its_bound(kind, unit):
     matrix = spectrum(kind, 512, 400).astype(np.float32) * np.float32(unit)
-    u, s, vt, energy = jax.jit(lambda x: truncated_svd(Matrix(x), 16))(matrix)
+    u, s, vt, energy = leading(matrix)
     exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     best, total = (exact[:16] ** 2).sum(), (exact**2).sum()
     product = np.asarray(u, np.float64) * np.asarray(s, np.float64) @ np.asarray(vt, np.float64)
@@ -89,6 +99,6 @@ def test_the_leading_part_is_within_its_bound(kind, unit):
 
 
 def test_a_zero_matrix_has_a_zero_part():
-    _, s, _, energy = truncated_svd(Matrix(jnp.zeros((512, 400))), 16)
+    _, s, _, energy = leading(jnp.zeros((512, 400)))
     assert not s.any()
     assert float(energy.total) == float(energy.lost) == float(energy.missed) == 0
