@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxmerge.recipes.reading import read_recipe
     from jaxmerge.recipes.running import merge_recipe
     from jaxmerge.recipes.schema import recipe_schema
+    from jaxmerge.reports import Report, report
     from jaxmerge.resizing import resize
     from jaxmerge.sparsify import prune
     from jaxmerge.sweeps import Sweep, sweep
@@ -43,6 +44,7 @@ _HOMES = {
     "jaxmerge.recipes.reading": ("read_recipe",),
     "jaxmerge.recipes.running": ("merge_recipe",),
     "jaxmerge.recipes.schema": ("recipe_schema",),
+    "jaxmerge.reports": ("Report", "report"),
     "jaxmerge.resizing": ("resize",),
     "jaxmerge.sparsify": ("prune",),
     "jaxmerge.sweeps": ("Sweep", "sweep"),
@@ -62,6 +64,7 @@ __all__ = [
     "Metadata",
     "Preview",
     "Recipe",
+    "Report",
     "Sweep",
     "Verification",
     "calculate_majority_sign_mask",
@@ -85,6 +88,7 @@ __all__ = [
     "prune",
     "read_recipe",
     "recipe_schema",
+    "report",
     "resize",
     "save",
     "scores",

@@ -1,10 +1,11 @@
 """What a comparison says about the choice of a method, with the evidence there is. Thresholds are rules of thumb."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxmerge.catalog import METHODS, SPACES
 from jaxmerge.comparison import Comparison, Pair
+from jaxmerge.values import each
 from jaxmerge.words import percent
 
 _ORTHOGONAL, _ALIKE, _OPPOSED, _SAME = 0.1, 0.3, -0.1, 0.9999
@@ -70,7 +71,7 @@ def _sum(found: Comparison) -> list[Advice]:
     strongest = max(pairs, key=lambda pair: abs(pair.cosine or 0))
     where = f"the largest cosine is {strongest.cosine:.2f}, of {_names(strongest)}".replace("-0.00", "0.00")
     if abs(strongest.cosine or 0) < _ORTHOGONAL:
-        share = percent(max(abs(weight) for weight in found.weights))
+        share = percent(max(abs(number) for weight in found.weights for number in each(weight)))
         why = (
             f"The changes are all but orthogonal ({where}): nothing cancels, and the sum holds each of them, times its "
             f"weight: with these weights {share} at most."
@@ -133,7 +134,7 @@ def _norms(found: Comparison) -> list[Advice]:
     if not norms or max(norms) / min(norms) < _UNEVEN:
         return []
     mean = sum(norms) / len(norms)
-    pairs = zip(found.weights, found.total.norms, strict=True)
+    pairs = zip(map(_mean, found.weights), found.total.norms, strict=True)
     even = " ".join(f"{weight * mean / norm if norm > 0 else 0:.3g}" for weight, norm in pairs)
     method = "--method norm_equalized, or " if "norm_equalized" in METHODS else ""
     what = f"Norms differ {max(norms) / min(norms):.1f}-fold: try {method}--weights {even}."
@@ -196,7 +197,13 @@ def _signed(found: Comparison, pair: Pair) -> float:
 
 def _agree(found: Comparison, pair: Pair) -> bool:
     i, j = pair.adapters
-    return found.weights[i] * found.weights[j] >= 0
+    return _mean(found.weights[i]) * _mean(found.weights[j]) >= 0
+
+
+def _mean(weight: float | Mapping[str, float]) -> float:
+    """A weight, or the mean of those of its modules."""
+    numbers = list(each(weight))
+    return sum(numbers) / len(numbers)
 
 
 def _names(pair: Pair) -> str:

@@ -1,0 +1,52 @@
+"""Where a report is written, and in what form."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from jaxmerge.io.atomic import write_file
+
+FORMS = (".html", ".md", ".json")
+
+
+def check_target(path: str | Path, force: bool = False, forms: Iterable[str] = FORMS) -> None:
+    """Refuses a file that a report may not be written to, before any work is done for it.
+
+    Args:
+        path: The file to be.
+        force: Whether a file may be replaced.
+        forms: The endings there are.
+
+    Raises:
+        ValueError: If the ending is another, something is there that may not be replaced, or its folder is not there
+            or not writable.
+    """
+    path, forms = Path(path), tuple(forms)
+    if path.suffix.lower() not in forms:
+        raise ValueError(f"report {path}: give a file that ends in {', '.join(forms[:-1])} or {forms[-1]}")
+    if path.is_dir():
+        raise ValueError(f"report {path}: is a folder")
+    if path.exists() and not force:
+        raise ValueError(f"report {path}: already exists (--force replaces it)")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"report {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"report {path}: {folder} is not writable")
+
+
+def write(path: str | Path, makers: Mapping[str, Callable[[], str]], force: bool) -> None:
+    """Writes a file in the form that its ending names, whole or not at all.
+
+    Args:
+        path: The file.
+        makers: Ending -> what makes the text.
+        force: Whether a file may be replaced.
+
+    Raises:
+        ValueError: As `check_target` does.
+        OSError: If the disk fails or is full; nothing is left then.
+    """
+    check_target(path, force, makers)
+    path = Path(path)
+    write_file(path, makers[path.suffix.lower()]().encode(), force=force)
