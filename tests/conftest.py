@@ -6,15 +6,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing of the tests goes into the user's cache folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # As `jaxmerge.lapack` has it: the BLAS of NumPy and SciPy would spin on all cores for matrices of these sizes, and each
-# process of a parallel run on all of them. Before either is imported.
-BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+# process of a parallel run on all of them.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import pytest
+import threadpoolctl
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LINEARS = ["first", "second", "third"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Where a plugin of pytest has imported NumPy already.
+threadpoolctl.threadpool_limits(1, user_api="blas")
 
 
 @pytest.fixture(scope="session")
