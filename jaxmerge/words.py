@@ -1,5 +1,6 @@
-"""How numbers and paths are told to people."""
+"""How numbers and paths are told to people, and which word they may have meant."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -28,3 +29,9 @@ def span(values: Iterable[float], digits: int = 4) -> str:
     shown = sorted(set(values))
     ends = [f"{value:.{digits}g}" for value in (shown[0], shown[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that may have been meant, if one is near; capitals do not matter."""
+    plain = {name.lower(): name for name in known}
+    return next((plain[name] for name in difflib.get_close_matches(word.lower(), plain, n=1)), None)

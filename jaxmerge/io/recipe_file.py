@@ -38,11 +38,15 @@ def is_fixed(path: str) -> bool:
 
 
 def located(folder: str, path: str) -> str:
-    """A path in a recipe as it is opened from here: relative to the working directory, if it is not absolute.
+    """A path in a recipe as it is opened from here: relative to the working directory, if that is not far.
 
     So the name that a file has in messages and records does not hang on where the recipe lies.
     """
-    return path if is_fixed(path) else os.path.relpath(_joined(folder, path))
+    if is_fixed(path):
+        return path
+    joined, here = _joined(folder, path), str(Path.cwd())
+    is_far = os.path.commonpath([joined, here]) == Path(here).anchor != here
+    return joined if is_far else os.path.relpath(joined, here)
 
 
 def rebased(folder: str, path: str, target: str) -> str:

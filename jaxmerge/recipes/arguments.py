@@ -44,7 +44,9 @@ def merge_arguments(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Any, d
         "key": None if recipe.seed is None else jax.random.key(recipe.seed),
         "extras": extras_position(recipe),
         "stages": [
-            (stage.name, _of_stage(stage, ("stages", i, stage.name), modules)) for i, stage in enumerate(recipe.stages)
+            (stage.name, _of_stage(stage, ("stages", i, stage.name), modules))
+            for i, stage in enumerate(recipe.stages)
+            if stage.name
         ],
         "density_scope": recipe.density_scope,
         "allow_different_bases": recipe.allow_different_bases,

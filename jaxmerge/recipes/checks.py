@@ -15,8 +15,9 @@ from jaxmerge.merging.checks import (
 from jaxmerge.recipes import keys
 from jaxmerge.recipes.keys import Key, value_problems
 from jaxmerge.recipes.model import Gradient, Recipe, Rules, Source
-from jaxmerge.recipes.places import Place, Problem, nearest
+from jaxmerge.recipes.places import Place, Problem
 from jaxmerge.recipes.varying import leaves
+from jaxmerge.words import nearest
 
 
 def recipe_problems(recipe: Recipe) -> list[Problem]:
@@ -121,9 +122,10 @@ def _cell(recipe: Recipe) -> _Found:
     if recipe.combination_type is not None and given:
         yield (given[0],), f"combination_type names a method and a space: leave {' and '.join(given)} out"
         return
-    known = (recipe.method is None or recipe.method in METHODS) and recipe.space in SPACES
-    if known and recipe.combination_type is None and cell_of(recipe) is None:
-        method = recipe.method or "linear"
+    method = recipe.method
+    known = not recipe.places.has("method") if method is None else isinstance(method, str) and method in METHODS
+    if known and recipe.space in list(SPACES) and recipe.combination_type is None and cell_of(recipe) is None:
+        method = method or "linear"
         yield ("space",), f"method {method} makes no sense in space {recipe.space}: {METHODS[method].elsewhere}"
 
 
@@ -142,7 +144,7 @@ def _adapters(recipe: Recipe) -> _Found:
         for i in without:
             yield (
                 ("adapters", i),
-                f"{_called(recipe, i)} has no weight, and others have one: give all a weight, or none",
+                f"{_called(recipe, i)} has no weight: give all adapters one, or none",
             )
 
 
@@ -154,7 +156,7 @@ def _names(recipe: Recipe) -> _Found:
             yield ("adapters", i, "name"), f"an adapter cannot be called {source.name}, which is a choice of extras"
         elif isinstance(source.name, str) and first.setdefault(source.name, i) != i:
             yield ("adapters", i, "name"), f"two adapters are called {source.name}"
-    if extras_position(recipe) is None and isinstance(recipe.extras, str | int):
+    if extras_position(recipe) is None and isinstance(recipe.extras, str | int) and not recipe.faults:
         names = [name for name in dict.fromkeys(_called(recipe, i) for i in range(len(recipe.adapters))) if name]
         meant = nearest(str(recipe.extras), names)
         more = f"; did you mean {meant}?" if meant else ""

@@ -155,7 +155,9 @@ def _unknown_choice(key: Key, value: Any) -> str:
         other = {"method": ("combination_type", COMBINATION_TYPES), "combination_type": ("method", METHODS)}[key.name]
         if isinstance(value, str) and value in other[1]:
             return f"unknown {key.name} {value}: that is a {other[0]}"
-    return unknown(key.name, value if isinstance(value, str) else repr(value), key.choices)
+    if not isinstance(value, str):
+        return f"{key.name} should be a text, got {value!r}"
+    return unknown(key.name, value, key.choices)
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -64,6 +64,8 @@ class Modules:
         """For each rule, those of the wanted modules that it is the first to match."""
         left, matched = self.paths, []
         for i, rule in enumerate(value.rules):
+            if not isinstance(rule.match, str | None):
+                return [[] for _ in value.rules]  # Told already.
             own = {path for path in left if rule.match is None or fnmatch.fnmatchcase(path, rule.match)}
             if not own and rule.match is not None:
                 self._tell((*place, i, "match"), self._useless(rule.match))
@@ -79,8 +81,8 @@ class Modules:
     def _useless(self, match: str) -> str:
         if any(fnmatch.fnmatchcase(path, match) for path in self.paths):
             return f"{match} comes too late: earlier rules match all of its modules"
-        near = difflib.get_close_matches(match, self.paths, n=1, cutoff=0)
-        return f"{match} matches no module" + "".join(f"; the nearest is {path}" for path in near)
+        near = max(self.paths, key=lambda path: difflib.SequenceMatcher(None, path, match).ratio())
+        return f"{match} matches no module; the nearest is {near}"
 
     def _tell(self, place: Place, text: str) -> None:
         self.problems.append(self._places.problem(place, text))

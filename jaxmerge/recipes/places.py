@@ -1,9 +1,10 @@
 """Where things stand in a recipe's file, so that problems can be told with it."""
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from jaxmerge.words import nearest
 
 # Keys and positions from the top of a recipe, as in ``("adapters", 0, "weight")``.
 Place = tuple[str | int, ...]
@@ -56,11 +57,6 @@ def told(problems: Iterable[Problem]) -> str:
     problems = list(dict.fromkeys(problems))
     files = list(dict.fromkeys(problem.file for problem in problems))
     return "\n".join(map(str, sorted(problems, key=lambda problem: (files.index(problem.file), problem.line))))
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that may have been meant, if one is near."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), n=1)), None)
 
 
 def unknown(kind: str, word: object, known: Sequence[str], listed: str = "there are") -> str:

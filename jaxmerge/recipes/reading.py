@@ -11,7 +11,8 @@ from jaxmerge.recipes import keys, mergekit
 from jaxmerge.recipes.checks import recipe_problems
 from jaxmerge.recipes.model import UNREAD, Gradient, Recipe, Rule, Rules, Source, Stage
 from jaxmerge.recipes.nodes import Node, parse
-from jaxmerge.recipes.places import Place, Places, Problem, nearest, raise_problems, unknown
+from jaxmerge.recipes.places import Place, Places, Problem, raise_problems, unknown
+from jaxmerge.words import nearest
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -194,7 +195,8 @@ class _Reader:
             self.tell(node.line, f"{key.name} is an empty list")
             return UNREAD
         if all(isinstance(child.value, dict) for child in node.value):
-            return Rules(tuple(self.rule(child, key) for child in node.value))
+            rules = [self.rule(child, key) for child in node.value]
+            return UNREAD if None in rules else Rules(tuple(rule for rule in rules if rule is not None))
         return self.gradient(node, key)
 
     def gradient(self, node: Node, key: keys.Key) -> Gradient:
@@ -203,18 +205,17 @@ class _Reader:
             return UNREAD
         return Gradient(tuple(_whole(child.plain(), key) for child in node.value))
 
-    def rule(self, node: Node, key: keys.Key) -> Rule:
+    def rule(self, node: Node, key: keys.Key) -> Rule | None:
         own = self.known(node, keys.RULE, f"a rule of {key.name}", ("rule", node.line))
         match, value = own.get("match"), own.get("value")
-        read = UNREAD
-        if value is not None:
-            read = (
-                self.gradient(value, key)
-                if isinstance(value.value, list) and value.value
-                else _whole(value.plain(), key)
-            )
-        elif "value" not in node.value and ("rule", node.line, "value") not in self.meant:
-            self.tell(node.line, f"a rule of {key.name} has no value")
+        if value is None:
+            if "value" not in node.value and ("rule", node.line, "value") not in self.meant:
+                self.tell(node.line, f"a rule of {key.name} has no value")
+            return None
+        if len(own) < len(node.value):
+            return None
+        is_list = isinstance(value.value, list) and value.value
+        read = self.gradient(value, key) if is_list else _whole(value.plain(), key)
         return Rule(None if match is None else match.plain(), read)
 
 

@@ -134,8 +134,9 @@ def _stage(name: str) -> Schema:
         "type": "object",
         "properties": {key: _key(found) for key, found in keys.of_stage(name).items()},
         "additionalProperties": False,
-        "required": [h.name for h in row.hyperparameters if h.default is None],
     }
+    needed = [h.name for h in row.hyperparameters if h.default is None]
+    own |= {"oneOf": [{"required": [key]} for key in needed]} if row.one_of else {"required": needed}
     return {
         "description": row.summary,
         "type": "object",
