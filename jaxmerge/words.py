@@ -31,7 +31,7 @@ def span(values: Iterable[float], digits: int = 4) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: object, known: Iterable[str]) -> str | None:
     """The known word that may have been meant, if one is near; capitals do not matter."""
     plain = {name.lower(): name for name in known}
-    return next((plain[name] for name in difflib.get_close_matches(word.lower(), plain, n=1)), None)
+    return next((plain[name] for name in difflib.get_close_matches(str(word).lower(), plain, n=1)), None)
