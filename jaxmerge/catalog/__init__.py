@@ -1,0 +1,43 @@
+"""The tables of methods, spaces and PEFT's combination types.
+
+Only literals, and no import of JAX: the command line answers ``--help`` from here. The law tests run every
+row, and compare the hyperparameters with the signature of the function that the row names.
+"""
+
+from jaxmerge.catalog.combination_types import COMBINATION_TYPES
+from jaxmerge.catalog.methods import METHODS
+from jaxmerge.catalog.rows import OF_PRUNING, CombinationType, Hyperparameter, Method, Space, Stage
+from jaxmerge.catalog.spaces import SPACES
+from jaxmerge.catalog.stages import STAGES
+
+__all__ = [
+    "COMBINATION_TYPES",
+    "FORMATS",
+    "METHODS",
+    "OF_PRUNING",
+    "SCORES",
+    "SPACES",
+    "STAGES",
+    "TREES",
+    "CombinationType",
+    "Hyperparameter",
+    "Method",
+    "Space",
+    "Stage",
+    "all_hyperparameters",
+]
+
+# What adapters can be written as, whatever they came as.
+FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")
+
+# Of a merge, without data: see `jaxmerge.scores`.
+SCORES = ("energy_kept", "worst_cosine", "norm")
+
+# How the factors in a Flax tree are called.
+TREES = ("nnx", "qwix", "gemma", "openpi", "maxtext-legacy", "keras")
+
+
+def all_hyperparameters() -> list[Hyperparameter]:
+    """Of all methods and spaces; where several share a name, the first one's."""
+    rows = [*METHODS.values(), *SPACES.values()]
+    return list({h.name: h for row in reversed(rows) for h in row.hyperparameters}.values())[::-1]
