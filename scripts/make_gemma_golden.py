@@ -8,7 +8,6 @@ are not those of the base whose kernels were changed by the weighted sum.
 import argparse
 import dataclasses
 import math
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from gemma import gm, peft
 from gemma.gm.nn import _layers, _lora
+from goldens import emptied
 
 import jaxmerge as jm
 
@@ -153,9 +153,7 @@ def main() -> int:
     """Makes the golden and checks it against jaxmerge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("-o", "--output", type=Path, default=GOLDEN)
-    folder = parser.parse_args().output.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(parser.parse_args().output)
 
     model = tiny()
     base = random_like(initial(model), 0, 0.4)

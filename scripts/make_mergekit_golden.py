@@ -13,15 +13,15 @@ Run it where `mergekit` is installed (Python 3.11, torch on the CPU; jaxmerge is
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
-import json
-import shutil
 import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from goldens import emptied, save_cases
 from mergekit.merge_methods import merge_tensors
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "goldens" / "mergekit"
@@ -218,9 +218,7 @@ def main() -> int:
     """Makes the golden."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("-o", "--output", type=Path, default=GOLDEN)
-    folder = parser.parse_args().output.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(parser.parse_args().output)
     versions = {name: importlib.metadata.version(name) for name in ("mergekit", "torch", "numpy")}
     good = True
     for method, cases in CASES.items():
@@ -232,13 +230,7 @@ def main() -> int:
                 name: {key: given[key] for key in ("parameters", "base", "note")} for name, given in cases.items()
             },
         }
-        arrays = {"about": np.array(json.dumps(about))}
-        for name, given in cases.items():
-            found = merged(method, given)
-            good &= bool(np.isfinite(found["merged"]).all())
-            arrays |= {f"{name}/{key}": value for key, value in found.items()}
-        np.savez_compressed(folder / f"{method}.npz", **arrays)
-        print(f"{method}: {len(cases)} cases, {(folder / f'{method}.npz').stat().st_size / 1000:.0f} kB")
+        good &= save_cases(folder, method, about, cases, functools.partial(merged, method))
     return 0 if good else 1
 
 

@@ -21,9 +21,7 @@ import copy
 import functools
 import importlib.metadata
 import io
-import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from goldens import emptied, save_cases
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "goldens" / "methods"
 COMMITS = {
@@ -453,9 +452,7 @@ def main() -> int:
     for each in arguments.repositories:
         name, _, path = each.partition("=")
         PATHS[name] = Path(path).resolve()
-    folder = arguments.output.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = emptied(arguments.output)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scikit-learn")}
     good = True
     for method, cases in CASES.items():
@@ -465,13 +462,7 @@ def main() -> int:
             "made_by": "scripts/make_method_golden.py",
             "cases": {name: described(given) for name, given in cases.items()},
         }
-        arrays = {"about": np.array(json.dumps(about))}
-        for name, given in cases.items():
-            found = recorded(given)
-            good &= bool(np.isfinite(found["merged"]).all())
-            arrays |= {f"{name}/{key}": value for key, value in found.items()}
-        np.savez_compressed(folder / f"{method}.npz", **arrays)
-        print(f"{method}: {len(cases)} cases, {(folder / f'{method}.npz').stat().st_size / 1000:.0f} kB")
+        good &= save_cases(folder, method, about, cases, recorded)
     return 0 if good else 1
 
 
