@@ -1,6 +1,5 @@
 """The command line: parse and call. Nothing heavy is imported before a command needs it."""
 
-import argparse
 import importlib
 import importlib.metadata
 import logging
@@ -12,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.cli.commands import COMMANDS
+from jaxmerge.cli.parser import Parser
+
+DESCRIPTION = """\
+Merge LoRA adapters exactly, without the base model. To start with: what is in one, whether several go together, and
+all of them in one.
+
+  jaxmerge inspect tests/adapters/sms
+  jaxmerge compare tests/adapters/sms tests/adapters/movie
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,11 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 for a problem with the inputs. A usage error exits with 2.
     """
     _use_any_output()
-    options = build_parser().parse_args(arguments)
+    parser, given = build_parser(), list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    # `jaxmerge help merge` is what some try first.
+    options = parser.parse_args([*given[1:2], "--help"] if given[0] == "help" else given)
     # Orbax warns at length, and from threads of its own, of what we tell in a line.
     for name in ("absl", "asyncio", "root"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda _: None
+    from jaxmerge.cli import console
+
+    console.out.quiet = getattr(options, "quiet", False)
     try:
         code = _command(options.command).run(options)
         sys.stdout.flush()
@@ -57,14 +74,19 @@ def _use_any_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands, with the methods' own options from their rows."""
-    parser = argparse.ArgumentParser(
-        prog="jaxmerge", description="Merge LoRA adapters exactly, without the base model."
+    parser = Parser(
+        prog="jaxmerge",
+        usage="jaxmerge COMMAND ...",
+        description=DESCRIPTION,
+        epilog="jaxmerge COMMAND --help says more of one, with examples.",
     )
     version = importlib.metadata.version("jaxmerge")
     parser.add_argument("--version", action="version", version=f"jaxmerge {version}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, prog=parser.prog
+    )
     for name in COMMANDS:
         _command(name).add_parser(commands)
     return parser

@@ -218,3 +218,8 @@ def reading(options: argparse.Namespace, index: int = 0, count: int = 1) -> dict
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Whether the answer is for machines."""
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Whether people are told nothing but problems."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print problems alone, and what --json asks for")

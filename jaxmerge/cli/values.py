@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from jaxmerge.catalog import STAGES
+from jaxmerge.words import nearest
 
 
 class AtLeastTwo(argparse.Action):
@@ -69,7 +70,9 @@ def stage(text: str) -> tuple[str, dict[str, float | str]]:
     """A stage and its hyperparameters, as `jaxmerge.merge` takes them, from ``NAME[:KEY=VALUE,...]``."""
     name, _, values = text.partition(":")
     if name not in STAGES:
-        raise argparse.ArgumentTypeError(f"there is no stage {name}: there are {', '.join(STAGES)}")
+        meant = nearest(name, STAGES)
+        instead = f"; did you mean {meant}?" if meant else f": there are {', '.join(STAGES)}"
+        raise argparse.ArgumentTypeError(f"there is no stage {name}{instead}")
     own = [h.name for h in STAGES[name].hyperparameters]
     given = {}
     for part in filter(None, values.split(",")):

@@ -4,7 +4,7 @@ import argparse
 
 from rich.markup import escape
 
-from jaxmerge.cli.console import out, print_json, report_error, table
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
 from jaxmerge.verification import Verification, verify
 
 _STATUS = {
@@ -23,6 +23,8 @@ def run(options: argparse.Namespace) -> int:
         return report_error(error, options.json)
     if options.json:
         print_json(found.to_json())
+    elif options.quiet and not found.ok:
+        return report_problems(found.problems, as_json=False)
     else:
         _print(found)
     return 0 if found.ok else 1

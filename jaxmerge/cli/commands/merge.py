@@ -9,11 +9,17 @@ DESCRIPTION = (
     "Merge LoRA adapters of one base model into one adapter. Without options the result is the exact mean of "
     "their weight changes."
 )
+EXAMPLES = """\
+examples:
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o small --rank 16 --weights 1 0.5
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o ties --method ties --density 0.2
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the parser."""
-    parser = commands.add_parser("merge", help="merge adapters into one", description=DESCRIPTION)
+    parser = commands.add_parser("merge", help="merge adapters into one", description=DESCRIPTION, epilog=EXAMPLES)
     groups.add_adapters(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
     how = groups.add_how(parser)
@@ -44,6 +50,7 @@ def add_parser(commands: Any) -> None:
     groups.add_machine(parser)
     groups.add_reading(parser)
     groups.add_json(parser)
+    groups.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:

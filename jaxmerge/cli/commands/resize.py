@@ -6,14 +6,20 @@ from typing import Any
 from jaxmerge.cli import groups, values
 
 DESCRIPTION = (
-    "Give an adapter smaller ranks: the best approximation of each module, of the rank that a rule finds for it. "
-    "Example: jaxmerge resize merged small --energy 0.95 --max-rank 32"
+    "Give an adapter smaller ranks: the best approximation of each module, of the rank that a rule finds for it."
 )
+EXAMPLES = """\
+examples:
+  jaxmerge resize tests/adapters/sms small --rank 8
+  jaxmerge resize tests/adapters/sms smaller --energy 0.9 --max-rank 8
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the parser."""
-    parser = commands.add_parser("resize", help="give an adapter smaller ranks", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "resize", help="give an adapter smaller ranks", description=DESCRIPTION, epilog=EXAMPLES
+    )
     groups.add_input_and_output(parser)
     how = parser.add_argument_group("the rank of each module; σ are its singular values")
     rule = how.add_mutually_exclusive_group(required=True)
@@ -28,6 +34,7 @@ def add_parser(commands: Any) -> None:
     groups.add_force(what)
     groups.add_reading(parser)
     groups.add_json(parser)
+    groups.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:

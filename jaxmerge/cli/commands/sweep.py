@@ -8,14 +8,20 @@ from jaxmerge.cli import groups, values
 
 DESCRIPTION = (
     "Score every combination of weights, scales, densities and seeds, without data: the energy that truncation keeps, "
-    "the smallest cosine between the merge and a task, and the norm of the merge. Nothing is written. Example: "
-    "jaxmerge sweep a b c --method ties --density 0.1 0.2 0.5 --scale 0.5 1 --plot sweep.png"
+    "the smallest cosine between the merge and a task, and the norm of the merge. Nothing is written."
 )
+EXAMPLES = """\
+examples:
+  jaxmerge sweep tests/adapters/sms tests/adapters/movie --rank 8 --weights 1 1 --weights 1 0.5
+  jaxmerge sweep tests/adapters/sms tests/adapters/movie --method ties --space knots --density 0.1 0.2 0.5 --scale 0.5 1
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the parser."""
-    parser = commands.add_parser("sweep", help="score many settings of a merge, without data", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "sweep", help="score many settings of a merge, without data", description=DESCRIPTION, epilog=EXAMPLES
+    )
     groups.add_adapters(parser)
     groups.add_how(parser)
     grid = parser.add_argument_group("the grid: every combination of these is a setting")
@@ -36,6 +42,7 @@ def add_parser(commands: Any) -> None:
     groups.add_machine(parser)
     groups.add_reading(parser)
     groups.add_json(parser)
+    groups.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,13 +7,21 @@ from jaxmerge.cli import groups, values
 
 DESCRIPTION = (
     "Check a merged adapter against what it was made of: the hashes of its adapters' files, a sample of modules made "
-    "again, and how much of each adapter is in it. Example: jaxmerge verify merged"
+    "again, and how much of each adapter is in it."
 )
+EXAMPLES = """\
+examples:
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged --method ties --density 0.2 --rank 16
+  jaxmerge verify merged
+  jaxmerge verify merged --all
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of the parser."""
-    parser = commands.add_parser("verify", help="is a merged adapter what it says?", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "verify", help="is a merged adapter what it says?", description=DESCRIPTION, epilog=EXAMPLES
+    )
     parser.add_argument("path", metavar="OUT", help="a merged adapter, with what jaxmerge wrote beside it")
     how_many = parser.add_mutually_exclusive_group()
     how_many.add_argument(
@@ -21,6 +29,7 @@ def add_parser(commands: Any) -> None:
     )
     how_many.add_argument("--all", action="store_true", help="make all of them again")
     groups.add_json(parser)
+    groups.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:
