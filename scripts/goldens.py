@@ -36,7 +36,8 @@ def save_cases(
     Returns:
         Whether all that is merged is finite.
     """
-    arrays, good = {"about": np.array(json.dumps(about))}, True
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
+    good = True
     for name, given in cases.items():
         found = compute(given)
         good &= bool(np.isfinite(found["merged"]).all())
