@@ -2,21 +2,29 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 # As wide as the terminal; wide enough for any path where the output goes into a file or a pipe.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
+# Spaces between columns, and how much of a long word in one, such as a module's path, must fit in a line.
+_BETWEEN, _WORD = 3, 24
+# A space at which no line ends.
+_UNBROKEN = "\xa0"
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> Table:
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> "Fitted":
     """A plain table.
 
     Args:
@@ -26,12 +34,46 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) 
     Returns:
         The table, to be printed.
     """
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading, justify in columns:
-        made.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        made.add_row(*[escape(str(cell)) for cell in row])
-    return made
+    return Fitted(columns, [list(map(str, row)) for row in rows])
+
+
+class Fitted(NamedTuple):
+    """A table, or where the terminal is too narrow for it a paragraph for each row."""
+
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Numbers are never broken, and words of the other columns only where they are long."""
+        needed = sum(map(self._needed, range(len(self.columns)))) + _BETWEEN * (len(self.columns) - 1)
+        if needed > options.max_width:
+            yield from self._paragraphs(options.max_width)
+            return
+        made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for heading, side in self.columns:
+            made.add_column(heading, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
+        for row in self.rows:
+            made.add_row(*map(escape, row))
+        yield made
+
+    def _needed(self, i: int) -> int:
+        heading, side = self.columns[i]
+        texts = [*heading.splitlines(), *(row[i] for row in self.rows)]
+        parts = texts if side == "right" else [word[:_WORD] for text in texts for word in text.split()]
+        return max(map(cell_len, parts), default=0)
+
+    def _paragraphs(self, width: int) -> Iterator[Text]:
+        first = next(i for i, (heading, _) in enumerate(self.columns) if heading)
+        for row in self.rows:
+            yield Text(" ".join(filter(None, row[: first + 1])), overflow="fold", no_wrap=False)
+            text = "; ".join(self._named(i, row[i]) for i in range(first + 1, len(row)) if row[i])
+            for line in textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  "):
+                yield Text(line.replace(_UNBROKEN, " "))
+
+    def _named(self, i: int, cell: str) -> str:
+        heading, side = " ".join(self.columns[i][0].split()), self.columns[i][1]
+        told = cell.replace(" ", _UNBROKEN) if side == "right" else cell
+        return f"{heading}: {told}" if heading else told
 
 
 def print_json(value: Any) -> None:
@@ -63,7 +105,7 @@ def progress(label: str, total: int) -> Iterator[Any]:
     """A progress bar on standard error, if that is a terminal; yields a function that advances it."""
     console = Console(stderr=True)
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=out.quiet or not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda steps=1: bar.advance(task, steps)
 

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         """Takes what `argparse.ArgumentParser` takes."""
         super().__init__(**{"formatter_class": HelpFormatter, **settings})
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Refuses what argparse hands on to the parser above, which knows less of what may have been meant."""
         given = sys.argv[1:] if args is None else list(args)
         # Before argparse asks for an option that is there, but misspelt.
