@@ -273,3 +273,28 @@ def test_remote_paths_go_to_orbax_as_they_are(name, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         jm.load(name, alpha=1.0)
     assert [str(path) for path in seen] == [name]
+
+
+def test_remote_paths_on_the_command_line_stay_as_they_are(monkeypatch, capsys):
+    from jaxmerge.cli import main
+    from jaxmerge.io import orbax
+
+    def unreachable(path, **options):
+        raise ValueError(f"{path}: was asked for")
+
+    checked = []
+    monkeypatch.setattr(orbax, "peek", unreachable)
+    monkeypatch.setattr(orbax, "check_target", lambda path, force: checked.append(str(path)))
+    assert main(["merge", "gs://bucket/a", "s3://bucket/b", "-o", "gs://bucket/out"]) == 1
+    told = "jaxmerge: gs://bucket/a: was asked for\njaxmerge: s3://bucket/b: was asked for\n"
+    assert (capsys.readouterr().err, checked) == (told, ["gs://bucket/out"])
+    assert main(["convert", "gs://bucket/a", "gs://bucket/out", "--format", "tunix"]) == 1
+    assert "gs://bucket/a: was asked for" in capsys.readouterr().err
+
+
+def test_a_folder_of_peft_is_not_written_to_a_remote_place(capsys):
+    from jaxmerge.cli import main
+
+    adapters = [str(Path(__file__).parent / "adapters" / name) for name in ("sms", "movie")]
+    assert main(["merge", *adapters, "-o", "gs://bucket/out"]) == 1
+    assert "gs://bucket/out: only Orbax checkpoints are written to such places" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def load(
             problem, with the file and the module.
     """
     options = {"alpha": alpha, "scan_axis": scan_axis, "item": item, "layout": layout, "pattern": pattern, "mesh": mesh}
-    return _read(_path(path), "load", mapped, **options)
+    return _read(as_path(path), "load", mapped, **options)
 
 
 def peek(path: str | Path, **options: Any) -> Adapter:
@@ -75,7 +75,7 @@ def peek(path: str | Path, **options: Any) -> Adapter:
     Raises:
         ValueError: As `load` does.
     """
-    return _read(_path(path), "peek", False, **options)
+    return _read(as_path(path), "peek", False, **options)
 
 
 def _read(path: Path, how: str, mapped: bool, **options: Any) -> Adapter:
@@ -144,7 +144,7 @@ def save(
         OSError: If the disk fails or is full; nothing is left then.
     """
     conversion = Conversion(format, layout, head_dim, layers)
-    target = _path(path)
+    target = as_path(path)
     adapter = convert.placed(adapter, conversion)
     check_target([adapter], target, conversion, force)
     _check_values(adapter)
@@ -162,7 +162,7 @@ def save(
     return written
 
 
-def _path(path: str | Path) -> Any:
+def as_path(path: str | Path) -> Any:
     """A path on this machine; or one that Orbax knows how to reach, such as ``gs://bucket/folder``."""
     if "://" not in str(path):
         return Path(path)
@@ -210,9 +210,13 @@ def _with_energy(adapter: Adapter) -> Adapter:
 
 def overlap_problems(paths: Sequence[Path], output: Path) -> list[str]:
     """Whether an output would overwrite an adapter that is read, or lie inside of one."""
+    if orbax.is_remote(output):  # Where nothing is replaced.
+        return []
     problems = []
     target = Path(os.path.realpath(output))
     for path in paths:
+        if orbax.is_remote(path):
+            continue
         source = Path(os.path.realpath(path))
         if target == source or (output.exists() and target == _peft_folder(path)):
             problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
@@ -236,7 +240,10 @@ def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion
     metadata = adapters[0].metadata
     converts = convert.check(adapters, conversion)
     writer = _writer(convert.target_metadata(str(conversion.format)) if converts else metadata)
-    writer.check_target(path, force)
+    remote = orbax.is_remote(path)
+    if remote and writer is not orbax and adapters[0].modules:  # Without any it stands for one that cannot be read.
+        raise ValueError(f"{path}: only Orbax checkpoints are written to such places, and this is to be none")
+    (orbax if remote else writer).check_target(path, force)
     if writer is orbax and not converts and metadata.place is None:
         raise ValueError(
             f"the adapter is a tree in memory, of format {metadata.format}: to_state gives it back, and files are "

@@ -1,7 +1,6 @@
 """Converting: the same adapter in another format."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -20,8 +19,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         adapter = load_one(options)
         if broken := nonfinite_modules(adapter):
-            raise ValueError(f"{Path(options.input)}: NaN or inf in {broken[0]}")
-        converted = io.save(adapter, Path(options.output), force=options.force, **conversion(options))
+            raise ValueError(f"{io.as_path(options.input)}: NaN or inf in {broken[0]}")
+        converted = io.save(adapter, options.output, force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     return report(summarise(options, adapter, converted), options.json, _print)

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     described, problems = [], []
     for i, path in enumerate(options.adapters):
         try:
-            described.append(describe(Path(path), reading(options, i, len(options.adapters))))
+            described.append(describe(io.as_path(path), reading(options, i, len(options.adapters))))
         except ValueError as error:
             problems += str(error).splitlines()
     if options.json:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         merged = _with_seed(plan.finish(results), options.seed)
         if rule := _rule(options):
             merged = truncate(merged, rule)
-        written = io.save(merged, Path(options.output), force=options.force, **conversion(options))
+        written = io.save(merged, options.output, force=options.force, **conversion(options))
         merged = jax.tree.map(seen_everywhere, merged)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
@@ -109,7 +109,7 @@ def _extras(options: argparse.Namespace) -> str | int:
 def header_problems(options: argparse.Namespace) -> list[str]:
     """Everything that can be known to be wrong before a weight is read."""
     peeked, problems = peek_all(options)
-    paths, output = [Path(path) for path in options.adapters], Path(options.output)
+    paths, output = [io.as_path(path) for path in options.adapters], io.as_path(options.output)
     for path in (*paths, output):
         if not str(path).isprintable():
             problems.append(f"{str(path)!r}: has characters in its name that cannot be written down")

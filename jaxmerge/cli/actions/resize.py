@@ -2,7 +2,6 @@
 
 import argparse
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -24,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
         rule = rule_of(**rules(options))
         adapter = load_one(options, mapped=True)
         resized = resize(adapter, dtype=options.dtype, **rules(options))
-        written = io.save(resized, Path(options.output), force=options.force, **conversion(options))
+        written = io.save(resized, options.output, force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     return report(summarise(options, rule.record(), adapter, resized, written), options.json, _print)

@@ -1,7 +1,6 @@
 """The adapters that a command reads."""
 
 import argparse
-from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -43,7 +42,7 @@ def load_one(options: argparse.Namespace, mapped: bool = False) -> Adapter:
     Raises:
         ValueError: If it may not, or the adapter cannot be read.
     """
-    source, target = Path(options.input), Path(options.output)
+    source, target = io.as_path(options.input), io.as_path(options.output)
     if problems := io.overlap_problems([source], target):
         raise ValueError("\n".join(problems))
     peeked = io.peek(source, **reading(options))

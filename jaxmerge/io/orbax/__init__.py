@@ -88,7 +88,11 @@ def check_target(path: Path, force: bool) -> None:
         ValueError: If something is there that may not be replaced, or the place cannot be written to.
     """
     if is_remote(path):
-        if path.exists():
+        try:
+            there = path.exists()
+        except ImportError as error:  # What reaches a kind of storage is a package of its own.
+            raise ValueError(f"{path}: {error}") from None
+        if there:
             raise ValueError(f"{path}: already exists, and is not replaced where folders cannot be exchanged")
         return
     if force and path.is_dir() and any(path.iterdir()) and not is_replaceable(path.resolve()):
