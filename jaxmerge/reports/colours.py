@@ -14,7 +14,7 @@ _STOPS = {
     ("sequential", "light"): ("#f4f6e4", "#c8e5c4", "#86cbbd", "#41a3b8", "#2673a8", "#264a8c", "#1d2a5e"),
     ("sequential", "dark"): ("#232838", "#26426f", "#26699b", "#2d95a8", "#66bfa5", "#b3dfa3", "#f4f3b6"),
 }  # fmt: skip
-_INK, _PAPER = (0x14, 0x1A, 0x22), (0xFF, 0xFF, 0xFF)
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def step(scale: Scale, value: float) -> int:
@@ -67,7 +67,7 @@ def _numbers(colour: str) -> tuple[int, int, int]:
 
 
 def _text_on(colour: str) -> str:
-    better = max(_INK, _PAPER, key=lambda ink: contrast(ink, _numbers(colour)))
+    better = max(_BLACK, _WHITE, key=lambda ink: contrast(ink, _numbers(colour)))
     return "#" + "".join(f"{x:02x}" for x in better)
 
 

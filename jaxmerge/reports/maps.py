@@ -107,22 +107,22 @@ def interference(found: Comparison, names: Sequence[str]) -> list[Maps]:
     """
     made = []
     for measure in _PAIR_MEASURES:
-        values = {
-            pair.adapters: _by_key(found.modules, lambda record, p=pair.adapters, m=measure: _of_pair(record, p, m.of))
-            for pair in found.total.pairs
-            if measure.of(pair) is not None
-        }
-        if not values:
+        panels = {}
+        for pair in found.total.pairs:
+            values = _by_key(found.modules, lambda record, p=pair.adapters, m=measure: _of_pair(record, p, m.of))
+            title = " – ".join(names[i] for i in pair.adapters)
+            panels[pair.adapters] = Panel(title, values, measure.of(pair))
+        panels = {who: panel for who, panel in panels.items() if _known([panel])}
+        if not panels:
             continue
-        totals = {pair.adapters: measure.of(pair) for pair in found.total.pairs}
-        panels = {who: Panel(f"{names[who[0]]} – {names[who[1]]}", own, totals[who]) for who, own in values.items()}
         shown = list(panels.values())
         if len(shown) > _MOST:
+            joined = _joined([panel.values for panel in shown], measure.summary)
             most = sorted(panels, key=lambda who, m=measure: -_mean_distance(panels[who], m.centre or 0))[: _MOST - 1]
-            summary = f"{measure.summary} of all {len(shown)} pairs"
-            shown = [Panel(summary, _joined(values.values(), measure.summary)), *(panels[who] for who in sorted(most))]
+            summary = Panel(f"{measure.summary} of all {len(shown)} pairs", joined)
+            shown = [summary, *(panels[who] for who in sorted(most))]
+        left = len(panels) - _MOST + 1 if len(panels) > _MOST else 0
         scale = measure.scale(_known(shown), found.total.pairs)
-        left = 0 if len(shown) == len(values) else len(values) - len(shown) + 1
         made.append(Maps(measure.name, measure.title, measure.meaning, scale, tuple(shown), left))
     return made
 

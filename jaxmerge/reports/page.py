@@ -96,7 +96,7 @@ def _sections(report: Report) -> list[Section | None]:
         None if found is None else ("interference", "Interference", _interference(report, found)),
         ("norms", "Norms", _norms(report)),
         None if found is None or made is None else _advice(report),
-        ("adapters", "Adapters", joined(element("h2", "Adapters"), _card(_table(adapters_table(report))))),
+        ("adapters", "Adapters", _adapters(report)),
         ("modules", "Modules", _modules(report)),
         _recipe(report),
     ]
@@ -184,6 +184,10 @@ def _norms(report: Report) -> Markup:
             *(_maps(each, maps.blocks_of(report.modules)) for each in found),
         ),
     )
+
+
+def _adapters(report: Report) -> Markup:
+    return joined(element("h2", "Adapters"), _card(_wide(_table(adapters_table(report)), "Adapters")))
 
 
 def _modules(report: Report) -> Markup:
