@@ -168,7 +168,8 @@ def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixe
     problems: list[str] = []
     for merge in merges:
         given = arguments(merge)
-        numbers = {name: given[name] for name in first.settings[0].numbers}
+        numbers = {name: given.get(name, value) for name, value in first.settings[0].numbers.items()}
+        numbers = {name: np.asarray(x) if isinstance(x, Sequence) else x for name, x in numbers.items()}
         choices = dict(first.program.choices)
         cell = first.program.method, first.program.space
         problems += hyperparameter_problems(*cell, {**choices, **numbers}, len(adapters))

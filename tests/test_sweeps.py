@@ -39,7 +39,11 @@ GRIDS = {
     "ties": ({"scale": [1.0, 2.0], "density": [0.1, 0.5, 1.0]}, {"method": "ties"}),
     "ties in factors": ({"density": [0.2, 0.7]}, {"combination_type": "ties"}),
     "dare": ({"density": [0.5, 0.9], "seed": [0, 1, 7]}, {"method": "dare_ties"}),
+    "defaults of the space": ({"density": [0.2, 0.7]}, {"method": "ties", "space": "ctm"}),
+    "densities of each adapter": ({"density": [[0.2, 0.5, 0.9], 0.7]}, {"method": "ties", "space": "core"}),
     "dare in factors": ({"seed": [3, 4]}, {"method": "dare_linear", "space": "factors", "density": 0.5}),
+    # What is neither in the grid nor given has its default, of the method or of the space.
+    "defaults": ({"density": [0.5, 0.9]}, {"method": "della_linear", "space": "ctm", "key": jax.random.key(0)}),
 }
 
 
