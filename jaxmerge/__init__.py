@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES
     from jaxmerge.comparison import Comparison, compare
     from jaxmerge.consensus import calculate_majority_sign_mask, disjoint_merge
+    from jaxmerge.converting import Converted, convert
     from jaxmerge.datafree import scores
+    from jaxmerge.inspection import Inspection, inspect
     from jaxmerge.io import from_state, from_torch, load, peek, peft_config, save, to_state, to_torch
     from jaxmerge.merging import lower, merge
     from jaxmerge.methods.arithmetic import dare_linear, magnitude_prune, task_arithmetic
@@ -33,6 +35,8 @@ _HOMES = {
     "jaxmerge.catalog": ("COMBINATION_TYPES", "METHODS", "SPACES"),
     "jaxmerge.comparison": ("Comparison", "compare"),
     "jaxmerge.attribution": ("Contributions", "contributions"),
+    "jaxmerge.converting": ("Converted", "convert"),
+    "jaxmerge.inspection": ("Inspection", "inspect"),
     "jaxmerge.consensus": ("calculate_majority_sign_mask", "disjoint_merge"),
     "jaxmerge.io": ("from_state", "from_torch", "load", "peek", "peft_config", "save", "to_state", "to_torch"),
     "jaxmerge.merging": ("lower", "merge"),
@@ -59,7 +63,9 @@ __all__ = [
     "Adapter",
     "Comparison",
     "Contributions",
+    "Converted",
     "Energy",
+    "Inspection",
     "LoRA",
     "Metadata",
     "Preview",
@@ -70,6 +76,7 @@ __all__ = [
     "calculate_majority_sign_mask",
     "compare",
     "contributions",
+    "convert",
     "dare_linear",
     "dare_ties",
     "delta",
@@ -77,6 +84,7 @@ __all__ = [
     "energy_kept",
     "from_state",
     "from_torch",
+    "inspect",
     "load",
     "lower",
     "magnitude_prune",

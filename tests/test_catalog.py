@@ -25,11 +25,11 @@ FLOORS = {
     "memory": 1, "selection": 1, "datafree": 1, "lowrank": 1, "sharding": 1, "lapack": 1, "spectrum": 1,
     "sparsify": 2, "dense": 2, "metrics": 2,
     "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
-    "methods": 4, "stages": 4,
+    "methods": 4, "stages": 4, "inspection": 4,
     "merging": 5,
     "comparison": 6, "attribution": 6,
-    "sweeps": 6, "resizing": 6, "previewing": 6, "inspection": 6, "converting": 6,
-    "recipes": 7, "reports": 7, "plots": 8,
+    "sweeps": 6, "resizing": 6, "previewing": 6, "converting": 6,
+    "recipes": 7, "reports": 7, "plots": 8, "verification": 8,
     "cli": 9, "__main__": 10,
 }  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_public_names_resolve_and_are_documented(name):
         assert doc
         if inspect.isfunction(value):
             assert "Returns:" in doc or name == "save"
-            assert "Args:" in doc
+            assert "Args:" in doc or not inspect.signature(value).parameters
     assert name in dir(jm)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jaxmerge import io
 from jaxmerge.base import Adapter
+from jaxmerge.inspection import conversion_remark
 from jaxmerge.words import span
 
 
@@ -30,10 +31,3 @@ def format_remarks(format: str | None, adapters: Sequence[Adapter], result: Adap
     if left_out:
         remarks.append(f"not an adapter's, and not carried over: {', '.join(dict.fromkeys(left_out))}")
     return remarks
-
-
-def conversion_remark(adapter: Adapter) -> str | None:
-    """That an adapter was not LoRA in its files, if it was not."""
-    kind = json.loads(adapter.metadata.provenance).get("converted_from")
-    ranks = span({lora.rank for lora in adapter.modules.values()})
-    return None if kind is None else f"is {kind}, read as LoRA of its exact rank, {ranks}"

@@ -8,6 +8,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.cli.console import progress
 from jaxmerge.cli.groups import conversion, reading
+from jaxmerge.converting import load_to_rewrite
 from jaxmerge.layouts import Conversion
 
 
@@ -42,9 +43,5 @@ def load_one(options: argparse.Namespace, mapped: bool = False) -> Adapter:
     Raises:
         ValueError: If it may not, or the adapter cannot be read.
     """
-    source, target = io.as_path(options.input), io.as_path(options.output)
-    if problems := io.overlap_problems([source], target):
-        raise ValueError("\n".join(problems))
-    peeked = io.peek(source, **reading(options))
-    io.check_target([peeked], target, Conversion(**conversion(options)), options.force)
-    return io.load(source, mapped=mapped, **reading(options))
+    wanted = Conversion(**conversion(options))
+    return load_to_rewrite(options.input, options.output, wanted, options.force, mapped, **reading(options))
