@@ -30,14 +30,14 @@ def html(title: str, about: Sequence[str], *parts: Table | str) -> str:
     """What a notebook shows of a result, in the colours and the font that the notebook has.
 
     Args:
-        title: What it is.
+        title: What it is, or empty.
         about: A few facts, for the line of the title.
         *parts: Tables and remarks, in order; those that are empty are left out.
 
     Returns:
         HTML in which all names are escaped.
     """
-    heading = element("div", element("b", title), " ", ", ".join(filter(None, about)))
+    heading = element("div", element("b", title), " ", ", ".join(filter(None, about))) if title else None
     return element("div", heading, *(_part(part) for part in parts if (part.rows if isinstance(part, Table) else part)))
 
 

@@ -4,11 +4,10 @@ Only literals, and no import of JAX: the command line answers ``--help`` from he
 row, and compare the hyperparameters with the signature of the function that the row names.
 """
 
-from jaxmerge.catalog.combination_types import COMBINATION_TYPES
-from jaxmerge.catalog.methods import METHODS
-from jaxmerge.catalog.rows import OF_PRUNING, CombinationType, Hyperparameter, Method, Space, Stage
-from jaxmerge.catalog.spaces import SPACES
-from jaxmerge.catalog.stages import STAGES
+from collections.abc import Mapping
+
+from jaxmerge.catalog import combination_types, methods, spaces, stages
+from jaxmerge.catalog.rows import OF_PRUNING, CombinationType, Hyperparameter, Method, Rows, Space, Stage
 
 __all__ = [
     "COMBINATION_TYPES",
@@ -22,10 +21,16 @@ __all__ = [
     "CombinationType",
     "Hyperparameter",
     "Method",
+    "Rows",
     "Space",
     "Stage",
     "all_hyperparameters",
 ]
+
+METHODS: Mapping[str, Method] = Rows(methods.METHODS)
+SPACES: Mapping[str, Space] = Rows(spaces.SPACES)
+STAGES: Mapping[str, Stage] = Rows(stages.STAGES)
+COMBINATION_TYPES: Mapping[str, CombinationType] = Rows(combination_types.COMBINATION_TYPES)
 
 # What adapters can be written as, whatever they came as.
 FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")

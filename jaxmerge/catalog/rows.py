@@ -3,7 +3,11 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from jaxmerge.tables import Table, columns, html
+
+T = TypeVar("T")
 
 
 def _imported(reference: str) -> Any:
@@ -107,6 +111,9 @@ class Method:
     breaks: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameter, ...] = ()
 
+    def __str__(self) -> str:
+        return self.summary
+
     @property
     def per_adapter(self) -> tuple[str, ...]:
         """The hyperparameters that say how each task is pruned by itself, so that every adapter may have its own."""
@@ -145,6 +152,9 @@ class Space:
     breaks: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: tuple[Hyperparameter, ...] = ()
 
+    def __str__(self) -> str:
+        return self.summary
+
     def load(self, method: Method) -> Any:
         """Imports the form of the space that the method works in."""
         return _imported(self._form(method))
@@ -173,6 +183,9 @@ class CombinationType:
     space: str
     rank: Literal["sum", "max", "equal"]
 
+    def __str__(self) -> str:
+        return f"{self.method} in {self.space}"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -195,6 +208,9 @@ class Stage:
     hyperparameters: tuple[Hyperparameter, ...] = ()
     one_of: bool = False
 
+    def __str__(self) -> str:
+        return self.summary
+
     def load(self) -> Callable[..., Any]:
         """Imports the function."""
         return _imported(self.function)
@@ -203,3 +219,14 @@ class Stage:
         """The hyperparameters with their defaults where they are not given; only those given if one is to be."""
         values = {h.name: given.get(h.name, h.default) for h in self.hyperparameters}
         return {name: value for name, value in values.items() if value is not None} if self.one_of else values
+
+
+class Rows(dict[str, T]):
+    """A table of the package, shown with what each row is."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:{width}}  {row}" for name, row in self.items())
+
+    def _repr_html_(self) -> str:
+        return html("", [], Table(columns(["name", "what it is"], []), list(self.items())))
