@@ -112,7 +112,7 @@ def test_every_problem_is_told_at_once_with_its_line(folder):
         "recipe.yaml:12: unknown key factr; did you mean factor?",
         "recipe.yaml:12: floor should be above 0, got 0",
         "recipe.yaml:13: seed should be at least 0 and at most 4.29497e+09, got -1",
-        "recipe.yaml:14: dtype float13; did you mean float16?",
+        "recipe.yaml:14: unknown dtype float13; did you mean float32?",
         "recipe.yaml:15: ranks are found by one rule: rank and energy are given",
     ]
 

@@ -80,8 +80,10 @@ def _values(recipe: Recipe) -> _Found:
     """Values that are none of those that their key takes."""
     defaults = Recipe()
     for name, key in keys.RECIPE.items():
-        given = name not in keys.HYPERPARAMETERS and key.kind != "nested"
-        if given and (value := getattr(recipe, name)) != getattr(defaults, name):
+        if name in keys.HYPERPARAMETERS or key.kind == "nested":
+            continue
+        value, default = getattr(recipe, name), getattr(defaults, name)
+        if type(value) is not type(default) or value != default:
             yield from _value(recipe, key, value, (name,))
     for name, value in recipe.hyperparameters.items():
         yield from _value(recipe, keys.HYPERPARAMETERS[name], value, (name,))

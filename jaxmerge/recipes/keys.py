@@ -1,5 +1,6 @@
 """The keys of a recipe: what each takes. The reader, the checks and the JSON schema go by these tables."""
 
+import numbers
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -46,6 +47,13 @@ class Key:
     choices: tuple[str, ...] = ()
     limits: Hyperparameter | None = None
     varies: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether its numbers are whole."""
+        if self.limits is None:
+            return self.kind in ("extras", "scan_axis")
+        return self.limits.kind == "count" or self.limits.whole
 
 
 def _number(name: str, help: str, kind: Any = "number", varies: bool = False, **bounds: Any) -> Key:
@@ -139,7 +147,7 @@ def value_problems(key: Key, value: Any, user: str = "") -> list[str]:
     if key.limits is not None:
         from jaxmerge.merging.checks import hyperparameter_problem
 
-        if isinstance(value, str):  # A number in quotes is a text.
+        if not isinstance(value, numbers.Real):  # A number in quotes is none.
             return [f"{name} should be a number, got {value!r}"]
         return hyperparameter_problem(user, key.limits, value)
     if key.kind == "choice" and value not in key.choices:

@@ -221,5 +221,4 @@ class _Reader:
 
 def _whole(value: Any, key: keys.Key) -> Any:
     """A number of things that is written as 4.0 is 4."""
-    counts = key.limits is not None and key.limits.kind == "count"
-    return int(value) if counts and isinstance(value, float) and value.is_integer() else value
+    return int(value) if key.whole and isinstance(value, float) and value.is_integer() else value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, STAGES, Hyperparameter, Method
+from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, STAGES, Method
 from jaxmerge.recipes import keys
 from jaxmerge.recipes.keys import Key
 
@@ -69,7 +69,7 @@ def _adapter() -> Schema:
                 "properties": {name: properties[name] for name in keys.ADAPTER},
                 "additionalProperties": False,
                 "oneOf": [
-                    {"required": ["path"]},
+                    {"required": ["path"], "properties": {"recipe": False}},
                     {"required": ["recipe"], "properties": dict.fromkeys(of_files, False)},
                 ],
                 "not": {"required": ["tree", "pattern"]},
@@ -85,7 +85,7 @@ def _key(key: Key) -> Schema:
 
 def _value(key: Key) -> Schema:
     if key.limits is not None:
-        number = _number(key.limits)
+        number = _number(key)
         return _varying(number) if key.varies else number
     if key.kind == "choice":
         summaries = _SUMMARIES.get(key.name)
@@ -102,11 +102,14 @@ def _value(key: Key) -> Schema:
     }[key.kind]
 
 
-def _number(limits: Hyperparameter) -> Schema:
+def _number(key: Key) -> Schema:
+    limits: Any = key.limits
     bounds = {"minimum": limits.least, "maximum": limits.most}
     bounds |= {"exclusiveMinimum": limits.above, "exclusiveMaximum": limits.below}
-    kind = "integer" if limits.kind == "count" else "number"
-    return {"type": kind, **{word: bound for word, bound in bounds.items() if bound is not None}}
+    return {
+        "type": "integer" if key.whole else "number",
+        **{word: bound for word, bound in bounds.items() if bound is not None},
+    }
 
 
 def _varying(number: Schema) -> Schema:

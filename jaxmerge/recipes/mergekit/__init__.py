@@ -174,7 +174,7 @@ class _Translation:
         if base is not None and "+" in base.value and method.base == "zero":
             self.tell(base.line, "base_model is the model that the adapters were trained on, without an adapter")
         found: list[tuple[Source, Node]] = []
-        bases: dict[str, Node] = {} if base is None else {_split(base.value)[0]: base}
+        bases: dict[str, Node] = {} if base is None else {base.value.partition("+")[0].partition("@")[0]: base}
         for node, parameters in entries:
             if base is not None and node.value == base.value:
                 self.notes.append(f"{node.value} is left out of models: the base model has no change to merge")
@@ -245,7 +245,8 @@ class _Translation:
             self.notes.append("a negative weight turns an adapter around; mergekit goes on beyond the other one")
         if name in ("nuslerp", "multislerp") and "base_model" not in self.root.value:
             self.notes.append(ARC)
-        if "election" in method.choices or "normalize" not in merge:
+        unread = not weights or not all(any(leaves(weight)) for weight in weights)
+        if "election" in method.choices or "normalize" not in merge or unread:
             return weights
         if not merge["normalize"]:
             if name == "linear" and not _sum_to_one(weights):
