@@ -10,6 +10,8 @@ Legend of shapes, used in every docstring:
 
 import contextlib
 import functools
+import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+
+from jaxmerge.tables import Table, columns, html
+from jaxmerge.values import described, settings
+from jaxmerge.words import kept_span, pattern, percent, span
 
 Array = jax.Array
 # What adapters hold: read from a file it stays on the host until it is merged.
@@ -57,11 +63,29 @@ class LoRA:
         """The leading axes; empty for a plain layer."""
         return self.a.shape[:-2]
 
+    @property
+    def size(self) -> str:
+        """The shape of the weight change, in a few characters."""
+        return "×".join(map(str, (*self.batch, *self.features)))
+
+    @property
+    def has_shape(self) -> bool:
+        """Whether the leaves are matrices: JAX rebuilds pytrees with leaves of any kind."""
+        return all(len(getattr(leaf, "shape", ())) >= 2 for leaf in (self.a, self.b))
+
     def __repr__(self) -> str:
-        if not hasattr(self.a, "shape"):  # JAX rebuilds pytrees with leaves of any kind.
+        if not self.has_shape:
             return f"LoRA({self.a!r}, {self.b!r})"
-        sizes = "×".join(map(str, (*self.batch, *self.features)))
-        return f"LoRA({sizes}, rank {self.rank}, {self.a.dtype})"
+        return f"LoRA({self.size}, rank {self.rank}, {self.a.dtype})"
+
+    def _repr_html_(self) -> str:
+        if not self.has_shape:
+            return html("LoRA", [repr(self)])
+        leaves = {"A": self.a, "B": self.b} | ({} if self.bias is None else {"bias": self.bias})
+        rows = [(name, "×".join(map(str, leaf.shape)), leaf.dtype) for name, leaf in leaves.items()]
+        scale = [f"scale {float(np.asarray(self.scale)):.4g}"] if is_number(self.scale) else []
+        about = [self.size, f"rank {self.rank}", *scale]
+        return html("LoRA", about, Table(columns(["", "shape", "dtype"], []), rows))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("total", "lost", "missed"), meta_fields=())
@@ -139,15 +163,27 @@ class Adapter:
     metadata: Metadata = field(default_factory=Metadata)
 
     def __repr__(self) -> str:
-        ranks = sorted({lora.rank for lora in self.modules.values() if hasattr(lora.a, "shape")})
+        ranks = {lora.rank for lora in self.modules.values() if lora.has_shape}
         parts = [
             f"{len(self.modules)} modules",
-            f"rank {' … '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else "",
+            f"rank {span(ranks)}" if ranks else "",
             f"{len(self.extras)} extras" if self.extras else "",
             self.metadata.format,
             self.metadata.name,
         ]
         return f"Adapter({', '.join(part for part in parts if part)})"
+
+    def _repr_html_(self) -> str:
+        record, base = json.loads(self.metadata.provenance), self.metadata.base_model
+        factors = [leaf for lora in self.modules.values() if lora.has_shape for leaf in (lora.a, lora.b)]
+        about = [
+            self.metadata.format,
+            f"{len(self.modules)} modules",
+            f"{sum(leaf.size for leaf in factors):,} parameters",
+            f"base model {base}" if base else "",
+        ]
+        extras = f"not LoRA factors: {', '.join(self.extras)}" if self.extras else ""
+        return html(self.metadata.name or "Adapter", about, *_made_of(record), *_kinds(self), extras)
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
@@ -190,6 +226,44 @@ def energy_kept(adapter: Adapter) -> Array:
         total=sum(_known(energy.total) for energy in adapter.energy.values()),
         lost=sum(_known(energy.lost) for energy in adapter.energy.values()),
     ).kept
+
+
+def _made_of(record: Mapping[str, Any]) -> list[Table | str]:
+    """What the record of a merge or of a smaller rank says, for notebooks."""
+    if "resize" in record:
+        rule = ", ".join(f"{name} {described(value)}" for name, value in record["resize"].items())
+        return [f"resized: {rule}"]
+    if "method" not in record:
+        return []
+    rows = [
+        (i + 1, source.get("path", "merged before" if "inputs" in source else ""), described(weight))
+        for i, (source, weight) in enumerate(zip(record["inputs"], record["weights"], strict=True))
+    ]
+    return [", ".join(settings(record)), Table([("", "right"), *columns(["merged from"], ["weight"])], rows)]
+
+
+def _kinds(adapter: Adapter) -> list[Table | str]:
+    """The modules by kind, those of all layers together, and the energy that is known to be kept."""
+    kinds: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path, lora in adapter.modules.items():
+        if lora.has_shape:
+            kinds[pattern(path), str(lora.a.dtype), lora.size].append(path)
+    known = {p: energy for p, energy in adapter.energy.items() if is_number(energy.total) and is_number(energy.lost)}
+    cut = bool(known) and all(path in known for paths in kinds.values() for path in paths)
+    rows = []
+    for kind, paths in kinds.items():
+        kept = [kept_span([float(known[path].kept) for path in paths])] if cut else []
+        rows.append((*kind, span([adapter.modules[path].rank for path in paths]), len(paths), *kept))
+    headings = ["out×in", "rank", "count", *(["energy kept"] if cut else [])]
+    total = f"energy kept: {percent(float(energy_kept(adapter)))}" if cut else ""
+    return [Table(columns(["module", "dtype"], headings), rows), total]
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a scalar whose value is known here and now."""
+    if isinstance(leaf, jax.Array):
+        return has_values(leaf) and leaf.ndim == 0 and leaf.is_fully_addressable
+    return isinstance(leaf, float | int | np.number | np.ndarray) and np.ndim(leaf) == 0
 
 
 def has_values(leaf: Any) -> bool:

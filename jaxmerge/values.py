@@ -64,3 +64,16 @@ def described(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(described(one) for one in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings(record: Mapping[str, Any]) -> list[str]:
+    """How a merge is made, in a few words each.
+
+    Args:
+        record: With the merge's ``method``, ``space``, ``hyperparameters`` and ``stages``, and the rule by which it was
+            ``truncated``, if it was.
+    """
+    given = {"method": record["method"], "space": record["space"], **record["hyperparameters"]}
+    done = [*record["stages"], *([("cut", record["truncated"])] if "truncated" in record else [])]
+    stages = [[name, *(f"{key} {described(value)}" for key, value in own.items())] for name, own in done]
+    return [*(f"{name} {described(value)}" for name, value in given.items()), *(f"then {' '.join(s)}" for s in stages)]
