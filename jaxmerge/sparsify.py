@@ -31,7 +31,8 @@ class Density:
     Attributes:
         value: Scalar float, the fraction of entries to keep; or ``[n]``, that of each of n tensors.
         count: As the value, int32: how many entries that is.
-        cut: Where the largest of n tasks end, if that has been found already.
+        cut: ``[k, n]``, where the largest of n tasks end for each of the k cuts of a pruning, if that has been found
+            already.
     """
 
     value: Array

@@ -29,13 +29,14 @@ def dense(sources):
     return np.stack([delta64(source.modules["m"]) for source in sources])
 
 
-def ties64(tasks, weights, density):
+def ties64(tasks, weights, density, election="total"):
     """TIES as PEFT has it, in float64: tasks [n, p, q]."""
     trimmed = np.zeros_like(tasks)
     for task, kept in zip(tasks, trimmed, strict=True):
         order = np.argsort(-np.abs(task), axis=None, kind="stable")[: int(density * task.size)]
         kept.flat[order] = task.flat[order]
-    sign = np.where(trimmed.sum(0) >= 0, 1, -1)
+    votes = trimmed if election == "total" else np.sign(trimmed)
+    sign = np.where(votes.sum(0) >= 0, 1, -1)
     agree = np.sign(trimmed) == sign
     weighted = np.einsum("n,npq->npq", weights, trimmed)
     return (weighted * agree).sum(0) / np.maximum(agree.sum(0), 1)
@@ -88,6 +89,27 @@ def test_core_is_the_papers(basis, shape):
     u, vt, tasks = core64(sources, basis)
     expected = u @ ties64(tasks, WEIGHTS, 0.5) @ vt
     merged = jm.merge(sources, WEIGHTS, method="ties", space="core", density=0.5, basis=basis)
+    assert relative_error(delta64(merged.modules["m"]), expected) < 2e-5
+
+
+def signs_of(columns):
+    """What makes the largest entry of each column positive."""
+    return np.sign(columns[np.abs(columns).argmax(0), np.arange(columns.shape[1])])
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+def test_even_votes_do_not_hang_on_the_signs_that_a_routine_gives(space):
+    sources, weights = adapters(ranks=(3, 4), scales=(0.5, 2.0)), [1.0, 0.5]
+    if space == "knots":
+        u, tasks = knots64(dense(sources))
+        vt, right = np.eye(IN), 1
+    else:
+        u, vt, tasks = core64(sources, "reference")
+        right = signs_of(vt.T)
+    tasks = signs_of(u)[:, None] * tasks * right
+    assert (np.sign(tasks).sum(0) == 0).mean() > 0.2
+    expected = (u * signs_of(u)) @ ties64(tasks, weights, 1.0, "frequency") @ (np.reshape(right, (-1, 1)) * vt)
+    merged = jm.merge(sources, weights, method="ties", space=space, density=1.0, majority_sign_method="frequency")
     assert relative_error(delta64(merged.modules["m"]), expected) < 2e-5
 
 
@@ -270,7 +292,85 @@ def test_a_density_of_the_whole_model(space, density):
     assert (apart < 1e-5) if density == 1 else (apart > 0.05)
 
 
-@pytest.mark.parametrize(("space", "method"), [("knots", "ties"), ("core", "ties"), ("ctm", "magnitude_prune")])
+def crumbs_of_the_whole(source, space, density, gamma):
+    """What is left of an adapter behind its outliers, ranked over all its entries."""
+    tasks = tasks64(source, space)
+    entries = np.concatenate([x.ravel() for parts in tasks.values() for x in parts])
+    kept, size = int(density * entries.size), entries.size
+    outliers = min(int(gamma * size), size - kept)
+    left = np.zeros(size)
+    survivors = np.argsort(-np.abs(entries), kind="stable")[outliers : outliers + kept]
+    left[survivors] = entries[survivors]
+    ends = np.cumsum([x.size for parts in tasks.values() for x in parts])
+    pieces = iter(np.split(left, ends[:-1]))
+    return {name: [next(pieces).reshape(x.shape) for x in parts] for name, parts in tasks.items()}
+
+
+@pytest.mark.parametrize("space", ["full", "factors"])
+@pytest.mark.parametrize(
+    ("density", "gamma"),
+    [(0.5, 0.1), (0.3, 0.0), (0.97, 0.2), (1.0, 0.3), (0.4, [0.0, 0.05, 0.3]), ([0.2, 0.9, 1.0], 0.2)],
+)
+def test_outliers_of_the_whole_model(space, density, gamma):
+    sources, weights = cohort(), [1.0, 0.5, 2.0]
+    arguments = {"method": "breadcrumbs", "space": space, "density": density, "gamma": gamma}
+    arguments["rank"] = 16 if space == "full" else None  # Nothing is cut.
+    merged = jm.merge(sources, weights, density_scope="model", **arguments)
+    by_module = jm.merge(sources, weights, **arguments)
+    fractions = zip(sources, np.broadcast_to(density, 3), np.broadcast_to(gamma, 3), strict=True)
+    left = [crumbs_of_the_whole(source, space, *own) for source, *own in fractions]
+    for name in MODULES:
+        there = [(w, parts[name]) for w, parts in zip(weights, left, strict=True) if name in parts]
+        if space == "full":
+            expected = sum(weight * parts[0] for weight, parts in there)
+        else:
+            root = [np.sqrt(0.5 * weight) for weight, _ in there]
+            a, b = (sum(r * parts[i] for r, (_, parts) in zip(root, there, strict=True)) for i in range(2))
+            expected = b @ a
+        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+    apart = relative_error(delta64(by_module.modules["q"]), delta64(merged.modules["q"]))
+    assert (apart < 1e-5) if density == 1 else (apart > 0.05)
+
+
+def test_outliers_of_the_whole_model_in_a_mean_of_signs():
+    sources = cohort()
+    arguments = {"method": "breadcrumbs_ties", "density": 0.5, "gamma": 0.1, "rank": 16, "density_scope": "model"}
+    merged = jm.merge(sources, [1.0, 0.5, 2.0], **arguments)
+    left = [crumbs_of_the_whole(source, "full", 0.5, 0.1) for source in sources]
+    for name in MODULES:
+        there = [(w, parts[name][0]) for w, parts in zip([1.0, 0.5, 2.0], left, strict=True) if name in parts]
+        signs = np.where(sum(task for _, task in there) >= 0, 1, -1)
+        agrees = [np.sign(task) == signs for _, task in there]
+        total = sum(w * np.where(mask, task, 0) for mask, (w, task) in zip(agrees, there, strict=True))
+        expected = total / np.maximum(sum(mask.astype(int) for mask in agrees), 1)
+        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("large", "stays"), [(10, 0), (7, 0), (11, 11), (60, 60)])
+def test_outliers_that_are_equal_go_together_or_stay(large, stays):
+    """Of 100 entries 10 are to go: up to ten that are equal do, and none of more than that."""
+    row = np.concatenate([np.full(large, 4.0), np.arange(100 - large) / 100 + 1]).astype(np.float32)[None]
+    sources = [jm.Adapter({"q": jm.LoRA(row, np.ones((1, 1), np.float32))})]
+    merged = jm.merge(sources, [1.0], method="breadcrumbs", density=0.8, gamma=0.1, density_scope="model")
+    delta = delta64(merged.modules["q"])[0]
+    assert np.count_nonzero(np.isclose(delta, 4)) == stays
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("space", ["knots", "core"])
+def test_a_density_of_the_whole_model_is_of_what_the_tasks_reach(space, method):
+    """Adapters with one A span fewer directions than their ranks sum up to: the others are no entries."""
+    one, *others = cohort()[:2]
+    shared = [jm.Adapter({"q": jm.LoRA(one.modules["q"].a, x.modules["q"].b, 0.5)}) for x in (one, *others)]
+    whole, own = (
+        jm.merge(shared, method=method, space=space, density=0.3, density_scope=s) for s in ("model", "module")
+    )
+    assert relative_error(delta64(whole.modules["q"]), delta64(own.modules["q"])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("space", "method"), [("knots", "ties"), ("core", "ties"), ("core", "breadcrumbs_ties"), ("ctm", "magnitude_prune")]
+)
 def test_a_density_of_the_whole_model_in_shared_bases(space, method):
     sources = cohort()
     one = jm.merge(sources, method=method, space=space, density=0.3, density_scope="model")
@@ -283,13 +383,14 @@ def test_a_density_of_the_whole_model_in_shared_bases(space, method):
     assert relative_error(delta64(whole.modules["q"]), delta64(own.modules["q"])) < 1e-5
 
 
-def test_stacked_layers_count_as_modules():
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_stacked_layers_count_as_modules(method):
     sources = [adapter_of_layers(seed) for seed in range(2)]
     apart = [
         jm.Adapter({f"m{i}": jm.LoRA(x.a[i], x.b[i], x.scale) for i in range(2)})
         for x in (source.modules["m"] for source in sources)
     ]
-    arguments = {"method": "ties", "density": 0.3, "rank": 6, "density_scope": "model"}
+    arguments = {"method": method, "density": 0.3, "rank": 6, "density_scope": "model"}
     stacked, unstacked = jm.merge(sources, **arguments), jm.merge(apart, **arguments)
     for i in range(2):
         assert relative_error(jm.delta(stacked.modules["m"])[i], jm.delta(unstacked.modules[f"m{i}"])) < 1e-5
@@ -306,6 +407,10 @@ def adapter_of_layers(seed):
     [
         ({"method": "ties", "density": 0.3, "density_scope": "all"}, "density_scope 'all' is not one of"),
         ({"method": "linear", "density_scope": "model"}, "method linear does not cut at a magnitude"),
+        (
+            {"method": "breadcrumbs", "density": 0.3, "gamma": dict.fromkeys(MODULES, 0.1), "density_scope": "model"},
+            "density_scope model takes one gamma for all modules",
+        ),
     ],
 )
 def test_scopes_are_checked(arguments, words):

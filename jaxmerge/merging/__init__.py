@@ -63,10 +63,11 @@ def merge(
         stages: What is done to each module's merge, in this order and before it is cut to its rank: names in `STAGES`,
             or pairs of a name and its hyperparameters, as in ``["calibrate", ("scale", {"factor": 0.7})]``. Where the
             merge is of full rank, as that of entrywise methods in the space ``full`` is, it is cut first. What the
-            stage ``truncate`` leaves is the rank of the result, unless that is smaller; inside `jax.jit`, where nobody
-            knows, it is filled up with zeros.
-        density_scope: For methods that keep the largest entries: ``"module"`` keeps a fraction of each module's, as
+            stage ``truncate`` leaves is the rank of the result, if no smaller one is asked for; inside `jax.jit`, where
+            nobody knows it, zeros fill it up.
+        density_scope: For methods that cut at a magnitude: ``"module"`` keeps a fraction of each module's entries, as
             PEFT does; ``"model"`` one of all the adapter's, as the TIES paper does, so that some modules keep more.
+            Outliers are a fraction of the same.
         allow_different_bases: Merges even if the adapters name different base models.
         **hyperparameters: Of the method, for example ``density=0.2``. In place of a number there may be a mapping from
             module path to the module's own. What prunes each adapter by itself (`Method.per_adapter`) may also be one

@@ -98,7 +98,7 @@ def plan_merge(
     numbers = {h.name: _plain_arrays(choices.pop(h.name)) for h in taken if h.traceable}
     budget = checked_memory(memory, mesh)
     program = Program(method, space, tuple(choices.items()), staging.of_modules, mesh)
-    problems += scope_problems(density_scope, program, numbers.get("density"))
+    problems += scope_problems(density_scope, program, numbers)
     buckets = _buckets(adapters, program, combination_type, rank, dtype, problems)
     if density_scope == "model" and len({bucket.wide for bucket, _ in buckets}) > 1:
         problems.append("density_scope model compares entries of all modules, which are of several precisions")

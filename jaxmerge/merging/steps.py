@@ -176,11 +176,12 @@ class Plan:
 
     @functools.cached_property
     def thresholds(self) -> np.ndarray | None:
-        """Of the whole model, ``[n]``; None where every module finds its own."""
+        """Of the whole model, ``[k, n]`` for the k cuts of the pruning; None where every module finds its own."""
         if self.density_scope == "module":
             return None
         with lapack.single_threaded():
-            return model_thresholds(self.steps(), len(self.adapters), np.asarray(self.settings[0].numbers["density"]))
+            numbers = {name: np.asarray(self.settings[0].numbers[name]) for name in self.program.row.per_adapter}
+            return model_thresholds(self.steps(), len(self.adapters), **numbers)
 
     def run(self) -> Iterator[dict[str, tuple[LoRA, Energy]]]:
         """The results of all steps, in order. While one is merged, the next is prepared."""
@@ -382,7 +383,7 @@ class Step:
         thresholds = self.plan.thresholds
         if thresholds is not None:
             modules = inputs.scales.shape[0] * math.prod(self.bucket.batch)
-            return as_cuts(thresholds[list(self.present)], modules, len(self.numbers))
+            return as_cuts(thresholds[:, list(self.present)], modules, len(self.numbers))
         return None if self.padded else find_cuts(self.program, self.bucket, inputs, self.numbers)
 
     def count_reaching(self, orders: np.ndarray) -> np.ndarray:

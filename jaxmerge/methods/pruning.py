@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import task_keys
-from jaxmerge.selection import cut_largest, flat_index
+from jaxmerge.selection import Cut, cut_largest, flat_index
 from jaxmerge.sparsify import (
     AtRandom,
     Between,
@@ -44,18 +44,28 @@ def pruning_of(kind: str, keys: Any, density: Any = None, gamma: Any = None, eps
     """The pruning of a row's kind, once the density's cuts ``[k, n]`` have been found."""
     del gamma  # It is in the cuts.
     if kind == "magnitude":
-        return Largest(jax.tree.map(lambda x: x[0], density.cut))
+        return _largest(density.cut)
     if kind == "outliers":
-        return Between(*(jax.tree.map(lambda x, i=i: x[i], density.cut) for i in range(2)))
+        return _between(density.cut)
     if kind == "random":
         return AtRandom(density.value, jnp.asarray(True), keys)
     return ByRank(density.value, epsilon, keys) if kind == "rank" else None
 
 
+def _largest(cuts: Cut) -> Largest:
+    return Largest(jax.tree.map(lambda x: x[0], cuts))
+
+
+def _between(cuts: Cut) -> Between:
+    return Between(*(jax.tree.map(lambda x, i=i: x[i], cuts) for i in range(2)))
+
+
 def keep_largest(tasks: Array, density: Densities) -> Largest:
     """Pruning of each task ``[n, ...]`` by magnitude, on its own."""
     bound = bind_density(density, tasks.size // tasks.shape[0], tasks=tasks.shape[0])
-    return Largest(cut_largest(tasks, bound.count, batch=1) if bound.cut is None else bound.cut)
+    if bound.cut is not None:
+        return _largest(bound.cut)
+    return Largest(cut_largest(tasks, bound.count, batch=1))
 
 
 def drop_random(tasks: Array, density: Densities, key: Array | None) -> AtRandom:
@@ -67,6 +77,8 @@ def drop_random(tasks: Array, density: Densities, key: Array | None) -> AtRandom
 def keep_between(tasks: Array, density: Densities, gamma: Densities) -> Between:
     """Pruning of each task ``[n, ...]`` to what is largest behind its outliers: the fraction gamma, or what is left."""
     n, size = tasks.shape[0], tasks.size // tasks.shape[0]
+    if isinstance(density, Density) and density.cut is not None:
+        return _between(density.cut)
     count, outliers = bind_density(density, size, tasks=n).count, bind_density(gamma, size, "Gamma", n).count
     return Between(*(cut_largest(tasks, end, batch=1) for end in outlier_counts(count, outliers, size)))
 

@@ -91,6 +91,6 @@ def find_cuts(program: Program, bucket: Bucket, inputs: Inputs, numbers: Numbers
         rows = [task[i].astype(bucket.wide, copy=False) for i in range(modules) for task in tasks]
         of_tasks = np.asarray(count).reshape(len(count), -1).T
         cut = cut_on_host(rows, np.broadcast_to(of_tasks, (modules, n, len(count))).reshape(-1, len(count)))
-        return jax.tree.map(lambda x: x.reshape(modules, n, -1).swapaxes(1, 2), cut)
+        return jax.tree.map(lambda x: x.reshape(modules, n, -1).swapaxes(1, 2)[:, :, None], cut)
 
     return tuple(map(cuts_of, (inputs.a, inputs.b), counts))

@@ -68,8 +68,8 @@ class Inputs(NamedTuple):
         scales: ``[L, n]``.
         weights: ``[L, S, n]``.
         keys: ``[L, S, n]`` keys, or what they are folded from; None for a method that draws nothing.
-        cuts: Of each task set ``[L * batch, S, n]``, where the largest entries of each task end; None if that is to be
-            found.
+        cuts: Of each task set ``[L * batch, S, k, n]``, where the largest entries of each task end, for each of the k
+            cuts of a pruning; None if that is to be found.
         stages: Of each stage, name -> ``[L]``.
     """
 

@@ -100,11 +100,8 @@ def _merge_in_blocks(
     row, n = program.row, len(bucket.ranks)
     passes = in_blocks_passes(program, bucket, factors, pace.block)
     (bound,) = settings.numbers
-    if "density" in bound and bound["density"].cut is not None:
-        settings = settings._replace(
-            numbers=[_with_cut(bound, jax.tree.map(lambda x: x[:, None], bound["density"].cut))]
-        )
-    elif counts := cut_counts(row.pruning, bound, passes.size):
+    found = "density" in bound and bound["density"].cut is not None
+    if not found and (counts := cut_counts(row.pruning, bound, passes.size)):
         # One search for all settings: their thresholds are compared with each block while it is there.
         count = jnp.broadcast_to(jnp.concatenate(counts), (len(counts) * settings.weights.shape[0], n))
         cuts = search(passes, count, passes.guess(count))
