@@ -18,8 +18,9 @@ from jaxmerge.merging import plan_merge
 from jaxmerge.merging.checks import Weights, adapter_name, listing
 from jaxmerge.merging.stacks import Bucket, Program
 from jaxmerge.merging.steps import Plan
-from jaxmerge.values import described
-from jaxmerge.words import span
+from jaxmerge.tables import Table, html
+from jaxmerge.values import described, settings
+from jaxmerge.words import duration, pattern, size, span
 
 # What two cores of a server of 2023 do with the programs of this package, measured with ``scripts/bench``: products of
 # float32 in the passes over dense deltas, QRs of tall factors, and seconds for a gigabyte of entries by the pruning.
@@ -69,7 +70,7 @@ class Group:
     seconds: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preview:
     """What a merge will be.
 
@@ -112,6 +113,46 @@ class Preview:
         plain["groups"] = [group | {"sources": [i + 1 for i in group["sources"]]} for group in plain["groups"]]
         plain["partial"] = {path: [i + 1 for i in sources] for path, sources in self.partial.items()}
         return plain
+
+    @property
+    def settings(self) -> list[str]:
+        """How it is made, in a few words each."""
+        return settings(vars(self))
+
+    @property
+    def summary(self) -> str:
+        """What comes out, and what that takes."""
+        time = "" if self.seconds is None else f", {duration(self.seconds)} once its programs have been compiled"
+        return (
+            f"{self._result}, {self.parameters:,} parameters: {size(self.bytes)} to write; "
+            f"about {size(self.memory)} of memory{time}"
+        )
+
+    @property
+    def _result(self) -> str:
+        ranks = span([group.rank for group in self.groups]) if self.groups else "0"
+        return f"{sum(len(group.paths) for group in self.groups)} modules, rank {ranks}"
+
+    def tables(self) -> tuple[Table, Table]:
+        """The adapters, and the modules by kind: those of all layers together."""
+        numbered = enumerate(zip(self.adapters, map(described, self.weights), strict=True))
+        weights = [(i + 1, name, weight) for i, (name, weight) in numbered]
+        kinds: Counter[tuple[Any, ...]] = Counter()
+        for group in self.groups:
+            everyone = len(group.sources) == len(self.adapters)
+            sources = "all" if everyone else ", ".join(str(i + 1) for i in group.sources)
+            shape, ranks = "×".join(map(str, (*group.batch, *group.features))), ", ".join(map(str, group.ranks))
+            kinds.update((pattern(path), shape, ranks, sources, group.rank, group.dtype) for path in group.paths)
+        headings = [("module", "left"), ("out×in", "right"), ("ranks", "left"), ("from", "left"), ("rank", "right"),
+                    ("dtype", "left"), ("count", "right")]  # fmt: skip
+        adapters = [("", "right"), ("adapter", "left"), ("weight", "right")]
+        return Table(adapters, weights), Table(headings, [(*kind, count) for kind, count in kinds.items()])
+
+    def __repr__(self) -> str:
+        return f"Preview({len(self.adapters)} adapters, {self.method} in {self.space}, {self._result})"
+
+    def _repr_html_(self) -> str:
+        return html("Preview", self.settings, *self.tables(), self.summary, *self.warnings)
 
 
 def preview(adapters: Sequence[Adapter], weights: Weights = None, **arguments: Any) -> Preview:

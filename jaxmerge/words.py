@@ -31,6 +31,26 @@ def span(values: Iterable[float], digits: int = 4) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to two figures."""
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 100:
+        return f"about {seconds:.2g} s"
+    if seconds < 6000:
+        return f"about {seconds / 60:.2g} minutes"
+    return f"about {seconds / 3600:.2g} hours"
+
+
 def nearest(word: object, known: Iterable[str]) -> str | None:
     """The known word that may have been meant, if one is near; capitals do not matter."""
     plain = {name.lower(): name for name in known}
