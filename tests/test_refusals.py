@@ -504,7 +504,7 @@ def refused(match: str, *arguments, **keywords) -> str:
         ("Density should be >= 0, got -0.5", {"method": "ties", "density": -0.5}),
         ("Density should be >= 0, got nan", {"method": "ties", "density": float("nan")}),
         ("Density should be a number", {"method": "ties", "density": "half"}),
-        ("Density should be a number", {"method": "ties", "density": [0.1, 0.2]}),
+        ("Density should be a number", {"method": "ties", "density": [0.1, 0.2, 0.3]}),
         (
             "majority_sign_method 'mean' is not one of total, frequency",
             {"method": "ties", "density": 1, "majority_sign_method": "mean"},
