@@ -10,9 +10,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """What a function makes of each item, in order. It must not call JAX, whose settings are each thread's own."""
-    return list(_pool(os.getpid()).map(function, items))
+def each(function: Callable[[T], R], items: Iterable[T], advance: Callable[[], object] = lambda: None) -> list[R]:
+    """What a function makes of each item, in order.
+
+    Args:
+        function: It must not call JAX, whose settings are each thread's own.
+        items: The items.
+        advance: Called here for each item that is done, in order.
+
+    Returns:
+        What was made of each.
+    """
+    made = []
+    for result in _pool(os.getpid()).map(function, items):
+        made.append(result)
+        advance()
+    return made
 
 
 @functools.cache

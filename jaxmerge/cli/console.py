@@ -11,7 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -101,13 +109,33 @@ def report_error(error: ValueError | OSError | MemoryError, as_json: bool) -> in
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error, if that is a terminal; yields a function that advances it."""
-    console = Console(stderr=True)
-    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=out.quiet or not console.is_terminal) as bar:
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, if that is a terminal; yields a function that advances it by some steps."""
+    with _bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(label, total=total)
         yield lambda steps=1: bar.advance(task, steps)
+
+
+@contextmanager
+def following(label: str) -> Iterator[Callable[[int, int], None]]:
+    """The same, where a function of the library says what is done: yields its ``on_progress``."""
+    with _bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """A sign of life on standard error, if that is a terminal, while nobody knows for how long."""
+    with _bar(TimeElapsedColumn()) as bar:
+        bar.add_task(label, total=None)
+        yield
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    shown = TextColumn("{task.description}"), BarColumn(), *columns
+    return Progress(*shown, console=console, transient=True, disable=out.quiet or not console.is_terminal)
 
 
 def report(summary: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> int:

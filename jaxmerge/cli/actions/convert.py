@@ -4,7 +4,7 @@ import argparse
 
 from rich.markup import escape
 
-from jaxmerge.cli.console import out, report, report_error, table
+from jaxmerge.cli.console import out, report, report_error, table, working
 from jaxmerge.cli.groups import conversion, reading
 from jaxmerge.converting import Converted, convert
 
@@ -14,7 +14,8 @@ def run(options: argparse.Namespace) -> int:
     read = reading(options)
     read["tree"] = read.pop("layout")
     try:
-        converted = convert(options.input, options.output, force=options.force, **conversion(options), **read)
+        with working("converting"):
+            converted = convert(options.input, options.output, force=options.force, **conversion(options), **read)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     return report({"ok": True, **converted.to_json()}, options.json, lambda _: _print(converted))

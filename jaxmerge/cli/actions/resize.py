@@ -10,7 +10,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.cli.actions.remarks import format_remarks
 from jaxmerge.cli.actions.sources import load_one
-from jaxmerge.cli.console import out, report, report_error, table
+from jaxmerge.cli.console import out, report, report_error, table, working
 from jaxmerge.cli.groups import conversion, rules
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.resizing import resize, rule_of
@@ -22,8 +22,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         rule = rule_of(**rules(options))
         adapter = load_one(options, mapped=True)
-        resized = resize(adapter, dtype=options.dtype, **rules(options))
-        written = io.save(resized, options.output, force=options.force, **conversion(options))
+        with working("resizing"):
+            resized = resize(adapter, dtype=options.dtype, **rules(options))
+        with working("writing"):
+            written = io.save(resized, options.output, force=options.force, **conversion(options))
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     return report(summarise(options, rule.record(), adapter, resized, written), options.json, _print)
