@@ -66,6 +66,7 @@ class Mark:
     x: float
     y: float
     text: str
+    kind: str = "out"
 
 
 def chart(
@@ -129,9 +130,9 @@ def _draw(
     anchor = "start" if beside else "end"
     return element(
         "g",
-        element("line", x1=px, x2=px, y1=ends[0], y2=ends[1], class_="mark"),
-        element("circle", cx=px, cy=py, r=4.5, class_="dot out"),
-        element("text", part.text, x=px + (9 if beside else -9), y=ends[1] - 10, class_=f"said {anchor}"),
+        element("line", x1=px, x2=px, y1=ends[0], y2=ends[1], class_=f"mark {part.kind}"),
+        element("circle", cx=px, cy=py, r=4.5, class_=f"dot {part.kind}"),
+        element("text", part.text, x=px + (9 if beside else -9), y=ends[1] - 10, class_=f"said {part.kind} {anchor}"),
     )
 
 

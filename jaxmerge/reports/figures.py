@@ -52,6 +52,9 @@ def energy(report: Report) -> Markup | None:
             Band(spread, "in", "single modules"),
             Line(_by_rank(kept), "in", "the weighted sum, cut to each rank"),
         ]
+        if made is None:
+            largest = min(max(found.total.ranks), longest)
+            parts.append(Mark(largest, kept[largest - 1], f"rank {largest}: {percent(kept[largest - 1])}", "in"))
     if made and made.total.norm > 0:
         kept = made.total.energy_by_rank
         longest = max(longest, len(kept))

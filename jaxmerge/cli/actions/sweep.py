@@ -1,7 +1,6 @@
 """Sweeping: score every setting of a grid without data, in a table and a plot."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from jaxmerge.base import Adapter
 from jaxmerge.catalog import SCORES, all_hyperparameters
 from jaxmerge.cli.actions.machine import join, keep_programs, placing
 from jaxmerge.cli.actions.sources import load_all
-from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
+from jaxmerge.cli.console import following, out, print_json, report_error, report_problems, table
 from jaxmerge.datafree import scores
 from jaxmerge.sweeps import sweep
 
@@ -24,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
             _check_plot(plot)
         rows = _rows(options, load_all(options))
         if plot is not None:
-            _draw(rows, list(_grid(options)), plot)
+            _draw(rows, plot)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     if not rows:
@@ -55,7 +54,8 @@ def _rows(options: argparse.Namespace, adapters: list[Adapter]) -> list[dict[str
     arguments = {name: getattr(options, name) for name in names} | placing(options) | fixed
     arguments["stages"] = options.stages
     grid = _grid(options) or {"scale": [1.0]}
-    found = sweep(adapters, scores(adapters), grid, **arguments)
+    with following("sweeping") as advance:
+        found = sweep(adapters, scores(adapters), grid, on_progress=advance, **arguments)
     return [
         {**setting, **{name: float(found.scores[name][i]) for name in SCORES}}
         for i, setting in enumerate(found.settings)
@@ -75,33 +75,15 @@ def _check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'jaxmerge[plot]'") from None
+        raise ValueError("--plot needs matplotlib: pip install 'jaxmerge[plots]'") from None
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {path}: give a file that ends in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--plot {path}: there is no such folder")
 
 
-def _draw(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """One panel per score: along the longest axis of the grid, a line for every value of the others."""
-    from matplotlib.figure import Figure
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from jaxmerge import plots
 
-    values = {name: list(dict.fromkeys(json.dumps(row[name]) for row in rows)) for name in names}
-    numeric = [name for name in names if name != "weights"]
-    along = max(numeric or names, key=lambda name: len(values[name]))
-    figure = Figure(figsize=(4 * len(SCORES), 3.4), layout="constrained")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        label = ", ".join(f"{name} {_value(row[name])}" for name in names if name != along)
-        lines.setdefault(label, []).append(row)
-    panels = figure.subplots(1, len(SCORES))
-    for panel, score in zip(panels, SCORES, strict=True):
-        for label, points in lines.items():
-            at = [_value(p[along]) if along == "weights" else p[along] for p in points]
-            panel.plot(at, [p[score] for p in points], marker="o", markersize=3, label=label)
-        panel.set_xlabel(along)
-        panel.set_title(_heading(score))
-        panel.grid(alpha=0.3)
-    if 1 < len(lines) <= 12:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=150)
+    settings = [{name: value for name, value in row.items() if name not in SCORES} for row in rows]
+    plots.sweep(settings, {score: [row[score] for row in rows] for score in SCORES}).savefig(path, dpi=200)
