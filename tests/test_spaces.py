@@ -359,9 +359,9 @@ def test_outliers_that_are_equal_go_together_or_stay(large, stays):
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
 @pytest.mark.parametrize("space", ["knots", "core"])
 def test_a_density_of_the_whole_model_is_of_what_the_tasks_reach(space, method):
-    """Adapters with one A span fewer directions than their ranks sum up to: the others are no entries."""
+    """Adapters with one B span fewer directions than their ranks sum up to: the others are no entries."""
     one, *others = cohort()[:2]
-    shared = [jm.Adapter({"q": jm.LoRA(one.modules["q"].a, x.modules["q"].b, 0.5)}) for x in (one, *others)]
+    shared = [jm.Adapter({"q": jm.LoRA(x.modules["q"].a, one.modules["q"].b, 0.5)}) for x in (one, *others)]
     whole, own = (
         jm.merge(shared, method=method, space=space, density=0.3, density_scope=s) for s in ("model", "module")
     )
