@@ -20,11 +20,13 @@ from jaxmerge.merging.plan import as_keys, plan_merge
 from jaxmerge.merging.staging import StageLike
 from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.sparsify import round_to
+from jaxmerge.tables import Table, columns, html
+from jaxmerge.values import described
 
 Grid = Mapping[str, Sequence[Any]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """What a sweep found.
 
@@ -37,6 +39,27 @@ class Sweep:
     settings: list[dict[str, Any]]
     scores: Any
     adapters: list[Adapter] | None = None
+
+    def table(self) -> Table:
+        """The settings, and the scores that are a number for each."""
+        names, scores = list(self.settings[0]) if self.settings else [], self._named()
+        rows = [
+            (*(described(setting[name]) for name in names), *(f"{values[i]:.4g}" for values in scores.values()))
+            for i, setting in enumerate(self.settings)
+        ]
+        return Table(columns([], [*names, *(name.replace("_", " ") for name in scores)]), rows)
+
+    def _named(self) -> dict[str, np.ndarray]:
+        named = self.scores if isinstance(self.scores, Mapping) else {"score": self.scores}
+        return {str(name): np.asarray(values) for name, values in named.items() if np.ndim(values) == 1}
+
+    def __repr__(self) -> str:
+        names = f" of {', '.join(self.settings[0])}" if self.settings else ""
+        kept = ["with their adapters"] if self.adapters is not None else []
+        return f"Sweep({', '.join([f'{len(self.settings)} settings{names}', *self._named(), *kept])})"
+
+    def _repr_html_(self) -> str:
+        return html("Sweep", [f"{len(self.settings)} settings"], self.table())
 
 
 def sweep(
@@ -55,6 +78,7 @@ def sweep(
     stages: Sequence[StageLike] = (),
     traced: bool = True,
     keep: bool = False,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
     **hyperparameters: Any,
 ) -> Sweep:
     """Merges with every setting of a grid and scores the results.
@@ -80,6 +104,8 @@ def sweep(
         stages: As in `jaxmerge.merge`, but for those of the whole model.
         traced: Whether ``evaluate`` is traced.
         keep: Whether the merged adapters are returned too.
+        on_progress: Called with how many modules are merged, and of how many; each is merged anew for as many settings
+            as fit.
         **hyperparameters: As in `jaxmerge.merge`, where they are not in the grid.
 
     Returns:
@@ -102,13 +128,14 @@ def sweep(
         for (bucket, _), paths in plan.buckets.items()
     )
     at_once = max(1, plan.memory // (2 * bytes_each))
-    scored, kept = [], []
+    scored, kept, done = [], [], itertools.count(1)
+    total = sum(map(len, plan.buckets.values())) * math.ceil(len(merges) / at_once)
     for start in range(0, len(merges), at_once):
         part = slice(start, start + at_once)
         chunk = dataclasses.replace(
             plan, settings=plan.settings[part], keys=None if plan.keys is None else plan.keys[part]
         )
-        merged = _merged(chunk)
+        merged = _merged(chunk, lambda: on_progress(next(done), total))
         count = len(chunk.settings)
         if traced:
             scored.append(_evaluate(jax.tree_util.Partial(evaluate), merged, jnp.asarray(scales, jnp.float32)))
@@ -185,9 +212,14 @@ def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixe
     )
 
 
-def _merged(plan: Plan) -> Adapter:
-    """The merged adapters as one, with an axis ``[S]`` in front of every array."""
-    merged = plan.finish(list(plan.run()))
+def _merged(plan: Plan, advance: Callable[[], object]) -> Adapter:
+    """The merged adapters as one, with an axis ``[S]`` in front of every array; tells of each module."""
+    results = []
+    for result in plan.run():
+        results.append(result)
+        for _ in result:
+            advance()
+    merged = plan.finish(results)
     # What it was made with is not one thing, and would make programs differ.
     merged = dataclasses.replace(merged, metadata=dataclasses.replace(merged.metadata, provenance="{}"))
     ones = jnp.ones(len(plan.settings), jnp.float32)
