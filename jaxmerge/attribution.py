@@ -5,7 +5,8 @@ of r×r Gram matrices.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,12 +111,18 @@ class Contributions:
         }
 
 
-def contributions(merged: Adapter, adapters: Sequence[Adapter]) -> Contributions:
+def contributions(
+    merged: Adapter,
+    adapters: Sequence[Adapter],
+    *,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Contributions:
     """Measures how much of each adapter is in a result, from the factors: no weight change is formed.
 
     Args:
         merged: Of concrete arrays, with the modules of the adapters; from `jaxmerge.merge`, or read from a file.
         adapters: What it was merged from, at least one.
+        on_progress: Called with how many modules are done, and of how many.
 
     Returns:
         The shares of the adapters, per module and in total.
@@ -136,8 +143,11 @@ def contributions(merged: Adapter, adapters: Sequence[Adapter]) -> Contributions
         )
         for path, lora in merged.modules.items()
     }
+    done = itertools.count(1)
     with lapack.single_threaded():
-        measured = threads.each(lambda item: _measure(*item), modules.values())
+        measured = threads.each(
+            lambda item: _measure(*item), modules.values(), lambda: on_progress(next(done), len(modules))
+        )
     parts = {
         path: _module_part(lora, tuple(sources), matrices, merged.energy.get(path))
         for (path, (lora, sources)), matrices in zip(modules.items(), measured, strict=True)

@@ -19,11 +19,13 @@ from jaxmerge.cli import values
 from jaxmerge.layouts import LAYOUTS
 
 
-def add_adapters(parser: argparse.ArgumentParser, action: Any = "store") -> None:
+def add_adapters(
+    parser: argparse.ArgumentParser, action: Any = "store", text: str = "adapter folders, in order"
+) -> None:
     """The adapters to work on, in order."""
     # Weights may be negative and in scientific notation, which argparse takes for options.
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", action=action, help="adapter folders, in order")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", action=action, help=text)
 
 
 def add_input_and_output(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +155,17 @@ def add_format(group: argparse._ArgumentGroup, required: bool) -> None:
 def conversion(options: argparse.Namespace) -> dict[str, Any]:
     """What the output's format is, as arguments of `jaxmerge.save`."""
     return {name: getattr(options, name) for name in ("format", "layout", "head_dim", "layers")}
+
+
+def add_report(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """A report of what was done."""
+    group = parser.add_argument_group("what is reported")
+    group.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write a report: .html, a page with charts; .md, for a model card; .json, all of its numbers",
+    )
+    return group
 
 
 def add_force(group: argparse._ArgumentGroup) -> None:

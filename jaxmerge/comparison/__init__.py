@@ -24,6 +24,7 @@ from jaxmerge.merging.checks import (
     shape_problems,
     value_problems,
 )
+from jaxmerge.sharding import seen_everywhere
 from jaxmerge.values import at
 
 __all__ = ["Comparison", "Pair", "Record", "compare", "comparison_problems"]
@@ -121,7 +122,8 @@ def _as_numbers(weight: Any) -> float | dict[str, float]:
 
 
 def _on_host(lora: LoRA) -> LoRA:
-    return LoRA(np.asarray(lora.a), np.asarray(lora.b), float(np.asarray(lora.scale)))
+    a, b, scale = (np.asarray(seen_everywhere(leaf)) for leaf in (lora.a, lora.b, lora.scale))
+    return LoRA(a, b, float(scale))
 
 
 def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[Any]) -> list[_Matrix]:

@@ -174,9 +174,8 @@ def _ranks(report: Report, found: Comparison) -> list[str]:
     exact = f"Their weighted sum is exact at rank {len(kept)}"
     if largest >= len(kept):
         return [f"{exact}."]
-    return [
-        f"{exact}; rank {largest}, the largest of an adapter, keeps {percent(kept[largest - 1])}, rank {enough} 99 %."
-    ]
+    keeps = f"rank {largest}, the largest of an adapter, keeps {percent(kept[largest - 1])}"
+    return [f"{exact}; {keeps}, and rank {enough} keeps 99 %."]
 
 
 def _pair(report: Report, pair: Pair) -> str:

@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jaxmerge.attribution import Contributions, Part, contributions
 from jaxmerge.base import Adapter
 from jaxmerge.comparison import Comparison, Record, compare
+from jaxmerge.io.recipe_file import dump, moved
 from jaxmerge.merging.checks import Weights, adapter_name
 from jaxmerge.reports.advice import Advice, advise
 from jaxmerge.reports.grid import short_names
@@ -149,6 +150,7 @@ def report(
     name: str = "",
     recipe: str | None = None,
     allow_different_bases: bool = False,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
     """Measures a merge, or adapters before they are merged, and puts what there is to know into a report.
 
@@ -157,8 +159,10 @@ def report(
         adapters: What it was merged from.
         weights: As in `jaxmerge.merge`. None: those of the result's own record; failing that 1/n each.
         name: What the result is called.
-        recipe: What the merge can be made again from, as text.
+        recipe: What the merge can be made again from, as text. None: that of the result's own record, if it has one,
+            with paths relative to the working directory.
         allow_different_bases: Reports even if the adapters name different base models.
+        on_progress: Called with how many steps are done, and of how many.
 
     Returns:
         The report, with `html()`, `markdown()`, `to_json()` and `save(path)`.
@@ -169,10 +173,18 @@ def report(
     adapters = list(adapters)
     record = json.loads(merged.metadata.provenance) if merged is not None else {}
     known = record.get("weights", [None] * len(adapters)) if weights is None else list(weights)
+    parts = (len(adapters) > 1) + (merged is not None)
+
+    def first(done: int, total: int) -> None:
+        on_progress(done, parts * total)
+
+    def last(done: int, total: int) -> None:
+        on_progress((parts - 1) * total + done, parts * total)
+
     comparison = None
     if len(adapters) > 1 or merged is None:
         given = None if any(weight is None for weight in known) else known
-        comparison = compare(adapters, given, allow_different_bases=allow_different_bases)
+        comparison = compare(adapters, given, allow_different_bases=allow_different_bases, on_progress=first)
     names = tuple(adapter_name(adapters, i) for i in range(len(adapters)))
     settings = {key: record[key] for key in _SETTINGS if record.get(key) not in (None, {}, [])}
     bases = [adapter.metadata.base_model for adapter in adapters if adapter.metadata.base_model]
@@ -181,10 +193,10 @@ def report(
         sources=tuple(map(_source, adapters, names, short_names(names))),
         weights=comparison.weights if comparison else tuple(known),
         comparison=comparison,
-        contributions=None if merged is None else contributions(merged, adapters),
+        contributions=None if merged is None else contributions(merged, adapters, on_progress=last),
         settings=settings,
         base_model=bases[0] if len(set(bases)) == 1 else None,
-        recipe=recipe,
+        recipe=_recipe_of(record) if recipe is None else recipe,
     )
 
 
@@ -192,6 +204,12 @@ _SETTINGS = (
     "method", "space", "combination_type", "rank", "hyperparameters", "density_scope", "stages", "truncated", "seed",
     "dtype", "extras",
 )  # fmt: skip
+
+
+def _recipe_of(record: Mapping[str, Any]) -> str | None:
+    if "recipe" not in record:
+        return None
+    return dump(moved(record["recipe"], record["recipe_folder"], str(Path.cwd())))
 
 
 def _source(adapter: Adapter, name: str, short: str) -> Source:

@@ -5,21 +5,25 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jaxmerge.io.atomic import write_file
+from jaxmerge.io.peft.folder import OWNED
 
 FORMS = (".html", ".md", ".json")
 
 
-def check_target(path: str | Path, force: bool = False, forms: Iterable[str] = FORMS) -> None:
+def check_target(
+    path: str | Path, force: bool = False, forms: Iterable[str] = FORMS, beside: str | Path | None = None
+) -> None:
     """Refuses a file that a report may not be written to, before any work is done for it.
 
     Args:
         path: The file to be.
         force: Whether a file may be replaced.
         forms: The endings there are.
+        beside: A folder that will be there by then, with an adapter in it.
 
     Raises:
         ValueError: If the ending is another, something is there that may not be replaced, or its folder is not there
-            or not writable.
+            or not writable, or it would be one of the adapter's own files.
     """
     path, forms = Path(path), tuple(forms)
     if path.suffix.lower() not in forms:
@@ -29,6 +33,10 @@ def check_target(path: str | Path, force: bool = False, forms: Iterable[str] = F
     if path.exists() and not force:
         raise ValueError(f"report {path}: already exists (--force replaces it)")
     folder = path.absolute().parent
+    if beside is not None and folder.resolve() == Path(beside).resolve():
+        if path.name in OWNED:
+            raise ValueError(f"report {path}: is a file of the adapter itself")
+        return
     if not folder.is_dir():
         raise ValueError(f"report {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -5,29 +5,29 @@ import argparse
 from rich.markup import escape
 from rich.padding import Padding
 
+from jaxmerge.cli.actions import reporting
 from jaxmerge.cli.actions.sources import load_all, peek_all
-from jaxmerge.cli.console import following, out, print_json, report_error, report_problems, table
-from jaxmerge.comparison import compare, comparison_problems, tables
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
+from jaxmerge.comparison import comparison_problems, tables
 from jaxmerge.merging.checks import checked_weights
-from jaxmerge.reports.advice import advise
 from jaxmerge.tables import Table
 
 
 def run(options: argparse.Namespace) -> int:
     """Compares; returns 1 if something is wrong with the inputs."""
     try:
-        if problems := header_problems(options):
+        if problems := [*header_problems(options), *reporting.problems_of(options)]:
             return report_problems(problems, options.json)
-        adapters, bases = load_all(options), options.allow_different_bases
-        with following("comparing") as advance:
-            found = compare(adapters, options.weights, allow_different_bases=bases, on_progress=advance)
+        told = reporting.measured(None, load_all(options), options, weights=options.weights)
+        reporting.save(told, options)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
-    advice = advise(found)
+    found, advice = told.comparison, told.advice
+    assert found is not None  # There are at least two adapters.
     if options.json:
         print_json({"ok": True, **found.to_json(), "advice": [item._asdict() for item in advice]})
         return 0
-    for part in (told(found) for told in (tables.adapters, tables.pairs, tables.legend, tables.kinds, tables.energy)):
+    for part in (show(found) for show in (tables.adapters, tables.pairs, tables.legend, tables.kinds, tables.energy)):
         out.print(table(*part) if isinstance(part, Table) else part, soft_wrap=False)
         out.print()
     for item in advice:

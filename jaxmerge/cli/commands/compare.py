@@ -12,6 +12,7 @@ DESCRIPTION = (
 EXAMPLES = """\
 examples:
   jaxmerge compare tests/adapters/sms tests/adapters/movie tests/adapters/names
+  jaxmerge compare tests/adapters/sms tests/adapters/movie --report report.html
   jaxmerge compare tests/adapters/sms tests/adapters/movie --json --quiet
 """
 
@@ -22,6 +23,8 @@ def add_parser(commands: Any) -> None:
     groups.add_adapters(parser, values.AtLeastTwo)
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the sum, one per adapter (equal)")
     parser.add_argument("--allow-different-bases", action="store_true", help="compare across base models")
+    written = groups.add_report(parser)
+    written.add_argument("--force", action="store_true", help="replace the report")
     groups.add_reading(parser)
     groups.add_json(parser)
     groups.add_quiet(parser)
