@@ -3,27 +3,23 @@
 import dataclasses
 import functools
 import math
-import operator
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from jaxmerge import dense, lapack, spaces
-from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, promote
+from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.scope import DensityScope, as_cuts, count_reaching, model_thresholds
 from jaxmerge.merging.stacks import (
     Bucket,
-    Draws,
     Inputs,
     Numbers,
     Program,
@@ -32,37 +28,18 @@ from jaxmerge.merging.stacks import (
     merge_module,
     merge_stack,
 )
-from jaxmerge.merging.staging import Staging, narrowed, scaled, squared_norms
+from jaxmerge.merging.staging import Staging, narrowed
+from jaxmerge.merging.steps.arrays import draws_of, stacked, table_of, unstacked
+from jaxmerge.merging.steps.finishing import after_all_modules, merged_bias
+from jaxmerge.merging.steps.settings import Setting
 from jaxmerge.selection import Cut
-from jaxmerge.sharding import device_count, fitting, gathered, laid_out, placement, seen_everywhere, several_processes
-from jaxmerge.stages import restoring_factor
+from jaxmerge.sharding import device_count, fitting, laid_out, placement, seen_everywhere, several_processes
 from jaxmerge.values import at
+
+__all__ = ["Plan", "Setting", "Step"]
 
 # How many steps are begun before the first of them is waited for.
 _AHEAD = 2
-
-
-class Setting(NamedTuple):
-    """What a merge can be repeated with, without being compiled again.
-
-    Any of them may be a mapping, from module path to the module's own.
-
-    Attributes:
-        weights: One per adapter.
-        numbers: The numeric hyperparameters, one for all adapters or ``[n]``.
-    """
-
-    weights: Sequence[ArrayLike | Mapping[str, ArrayLike]]
-    numbers: Mapping[str, Any]
-
-    def weights_at(self, path: str, present: Sequence[int]) -> list[ArrayLike]:
-        """The weights of a module that these adapters have."""
-        return [at(self.weights[i], path) for i in present]
-
-    def numbers_at(self, path: str, present: Sequence[int]) -> dict[str, Any]:
-        """The hyperparameters of a module that these adapters have."""
-        own = {name: at(value, path) for name, value in self.numbers.items()}
-        return {name: value[np.asarray(present)] if np.ndim(value) else value for name, value in own.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +61,7 @@ class Plan:
 
     program: Program
     adapters: Sequence[Adapter]
-    settings: Sequence["Setting"]
+    settings: Sequence[Setting]
     keys: Array | None
     staging: Staging
     buckets: Mapping[tuple[Bucket, tuple[int, ...]], Sequence[str]]
@@ -202,62 +179,12 @@ class Plan:
         modules, energy = {}, {}
         for path in all_paths(self.adapters):
             lora, energy[path] = merged[path]
-            modules[path] = dataclasses.replace(lora, bias=self._bias(path, lora.a.dtype))
-        modules, energy = self._after_all(modules, energy)
+            bias = merged_bias(self.settings, self.adapters, path, lora.a.dtype, self.program.sweeps)
+            modules[path] = dataclasses.replace(lora, bias=bias)
+        modules, energy = after_all_modules(self.staging, self.settings[0], self.adapters, modules, energy)
         if any(stage.cuts for stage in self.staging.stages) and not self.program.sweeps:
             modules = narrowed(modules)
         return dataclasses.replace(self.rest, modules=modules, energy=energy)
-
-    def _after_all(
-        self, modules: dict[str, LoRA], energy: dict[str, Energy]
-    ) -> tuple[dict[str, LoRA], dict[str, Energy]]:
-        """The stages that wait for all modules: each is a factor for the whole model, or one for each module."""
-        done, paths = len(self.staging.of_modules), list(modules)
-        for stage, numbers in zip(self.staging.stages[done:], self.staging.numbers[done:], strict=True):
-            factors = self._restoring(modules) if stage.whole else numbers["factor"]
-            for path in paths:
-                factor = factors[path] if isinstance(factors, Mapping) else factors
-                modules[path] = scaled(modules[path], factor)
-                energy[path] = jax.tree.map(lambda x, f=factor: x * jnp.asarray(f, x.dtype) ** 2, energy[path])
-        return modules, energy
-
-    def _restoring(self, modules: Mapping[str, LoRA]) -> Array:
-        """The factor that gives the whole merge the adapters' mean norm."""
-        (setting,), n = self.settings, len(self.adapters)
-        total, sources, weighed = jnp.zeros(()), jnp.zeros(n), jnp.zeros(n)
-        with lapack.single_threaded():
-            for path, lora in modules.items():
-                present = [i for i, adapter in enumerate(self.adapters) if path in adapter.modules]
-                merged, own = squared_norms(lora, [self.adapters[i].modules[path] for i in present])
-                weights = jnp.stack([jnp.asarray(at(setting.weights[i], path), total.dtype) for i in present])
-                own, at_present = own.astype(total.dtype), jnp.asarray(present)
-                total += merged.astype(total.dtype)
-                sources = sources.at[at_present].add(own)
-                weighed = weighed.at[at_present].add(weights**2 * own)
-        # Where an adapter's weight differs between modules, the one that gives its change the norm it has by those.
-        shared = [jnp.asarray(w, total.dtype) if not isinstance(w, Mapping) else None for w in setting.weights]
-        rms = jnp.sqrt(weighed / jnp.where(sources > 0, sources, 1))
-        weights = jnp.stack([rms[i] if weight is None else weight for i, weight in enumerate(shared)])
-        return restoring_factor(total, sources, weights)
-
-    def _bias(self, path: str, dtype: jnp.dtype) -> Array | None:
-        """``Σ wᵢ sᵢ biasᵢ`` over the adapters that have one: exact, whatever the method."""
-        with_bias = [
-            i for i, one in enumerate(self.adapters) if path in one.modules and one.modules[path].bias is not None
-        ]
-        loras = [self.adapters[i].modules[path] for i in with_bias]
-        biases = [_bias_of(setting.weights_at(path, with_bias), loras, dtype) for setting in self.settings]
-        return jnp.stack(biases) if self.program.sweeps and biases[0] is not None else biases[0]  # type: ignore[arg-type]
-
-
-def _bias_of(weights: Sequence[ArrayLike], loras: Sequence[LoRA], dtype: jnp.dtype) -> Array | None:
-    wide = promote(dtype, jnp.float32)
-    with precision(wide):
-        terms = [
-            jnp.asarray(weight, wide) * jnp.asarray(lora.scale, wide) * jnp.asarray(lora.bias, wide)
-            for weight, lora in zip(weights, loras, strict=True)
-        ]
-        return functools.reduce(operator.add, terms).astype(dtype) if terms else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +238,7 @@ class Step:
                 return {self.paths[0]: (LoRA(merged.a, merged.b), merged.energy)}
             if self.program.sweeps:  # Settings come first; modules are taken apart.
                 merged = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), merged)
-            a, b, total, lost, missed = map(_unstack, jax.tree.leaves(merged))
+            a, b, total, lost, missed = map(unstacked, jax.tree.leaves(merged))
             first = [self.plan.adapters[self.present[0]].modules[path] for path in self.paths]
             return {
                 path: (
@@ -344,7 +271,7 @@ class Step:
 
         def table(path: str) -> Array:
             settings = [setting.weights_at(path, self.present) for setting in self.plan.settings]
-            return _table(list(zip(*settings, strict=True)), self.bucket.wide)
+            return table_of(list(zip(*settings, strict=True)), self.bucket.wide)
 
         if any(isinstance(weight, Mapping) for setting in self.plan.settings for weight in setting.weights):
             tables = [table(path) for path in paths]
@@ -365,16 +292,16 @@ class Step:
         if self.padded:
             placements = [placement(leaf) for row in loras for lora in row for leaf in (lora.a, lora.b)]
             mesh = next((found.mesh for found in placements if found is not None), None)
-            a = tuple(_stack([lora.a for lora in row], mesh) for row in loras)
-            b = tuple(_stack([lora.b for lora in row], mesh) for row in loras)
+            a = tuple(stacked([lora.a for lora in row], mesh) for row in loras)
+            b = tuple(stacked([lora.b for lora in row], mesh) for row in loras)
         else:
             a, b = tuple(row[0].a for row in loras), tuple(row[0].b for row in loras)
         return Inputs(
             a=a,
             b=b,
-            scales=_table([[lora.scale for lora in row] for row in loras], wide),
+            scales=table_of([[lora.scale for lora in row] for row in loras], wide),
             weights=self._weights(paths),
-            keys=None if plan.keys is None else _draws(plan.keys, paths, present),
+            keys=None if plan.keys is None else draws_of(plan.keys, paths, present),
             stages=plan.staging.of(paths, wide),
         )
 
@@ -413,33 +340,3 @@ def _setting_by_setting(program: Program, bucket: Bucket, inputs: Inputs, number
         return merge_module(program, bucket, own, jax.tree.map(lambda x: x[i : i + 1], numbers))
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(merged, range(inputs.weights.shape[1])))
-
-
-def _table(rows: Sequence[Sequence[ArrayLike]], dtype: str) -> Array:
-    """``[L, n]`` from n rows of L numbers, put together on the host if they are there."""
-    if any(isinstance(value, jax.Array) for row in rows for value in row):
-        return jnp.stack([jnp.stack([jnp.asarray(value, dtype) for value in row]) for row in rows], axis=1)
-    with np.errstate(over="ignore"):  # A weight too large for the dtype makes a result that is refused.
-        return np.asarray(rows, dtype).T  # type: ignore[return-value]
-
-
-def _stack(arrays: Sequence[Any], mesh: Any) -> Array:
-    """Stacks on the host what lies on the host: one transfer instead of one per module.
-
-    What is spread over a mesh is gathered on all its devices.
-    """
-    if all(isinstance(array, np.ndarray) for array in arrays):
-        return jnp.asarray(np.stack(arrays))
-    return jnp.stack([jnp.asarray(array) if mesh is None else gathered(array, mesh) for array in arrays])
-
-
-def _unstack(array: Array) -> list[Array]:
-    """The entries along axis 0. What lies in the host's memory is cut there, which compiles nothing."""
-    if not on_host(array) or len(array.devices()) > 1:
-        return list(seen_everywhere(array) if has_values(array) else array)
-    return [jnp.asarray(entry) for entry in np.asarray(array)]
-
-
-def _draws(keys: Array, paths: Sequence[str], present: Sequence[int]) -> Draws:
-    hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-    return Draws(keys, hashes, np.array(present, np.uint32))  # type: ignore[arg-type]
