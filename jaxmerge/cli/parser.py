@@ -17,6 +17,12 @@ class Parser(argparse.ArgumentParser):
         """Takes what `argparse.ArgumentParser` takes."""
         super().__init__(**{"formatter_class": HelpFormatter, **settings})
 
+    @property
+    def commands(self) -> dict[str, argparse.ArgumentParser]:
+        """The parsers of the commands, by name."""
+        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return {name: parser for group in groups for name, parser in group.choices.items()}
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Refuses what argparse hands on to the parser above, which knows less of what may have been meant."""
         given = sys.argv[1:] if args is None else list(args)
@@ -62,7 +68,8 @@ class HelpFormatter(argparse.HelpFormatter):
         one_of = [action for group in groups for action in group._group_actions]
         needed = [a for a in actions if a.required or not a.option_strings or a in one_of]
         text = super()._format_usage(usage, needed, groups, prefix)
-        return text if usage else f"{text.rstrip()} [options]\n\n"
+        more = any(a not in needed and not isinstance(a, argparse._HelpAction) for a in actions)
+        return text if usage or not more else f"{text.rstrip()} [options]\n\n"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
