@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from jaxmerge import Adapter
 
@@ -102,12 +103,13 @@ def from_tensors(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Bert:
     )
 
 
-def with_adapter(model: Bert, adapter: Adapter) -> Bert:
+def with_adapter(model: Bert, adapter: Adapter, dtype: DTypeLike = jnp.float32) -> Bert:
     """The model with an adapter's changes added to its weights.
 
     Args:
         model: The base model.
         adapter: Of any of its linear layers, in all layers or some.
+        dtype: Of the layers' matrices and what they are multiplied with; sums are float32 in any case.
 
     Returns:
         A model.
@@ -126,7 +128,7 @@ def with_adapter(model: Bert, adapter: Adapter) -> Bert:
                 layers[name] = layers[name].at[i].add(change)
     if left:
         raise ValueError(f"the model has no modules {', '.join(left)}")
-    return replace(model, layers=layers)
+    return replace(model, layers={name: x.astype(dtype) if x.ndim == 3 else x for name, x in layers.items()})
 
 
 def embed(model: Bert, ids: Array) -> Array:
@@ -181,7 +183,9 @@ def _attention(x: Array, unseen: Array, weights: Mapping[str, Array], heads: int
 
 
 def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+    weight = weights[f"{name}.weight"]
+    product = jnp.matmul(x.astype(weight.dtype), weight.T, preferred_element_type=jnp.float32)
+    return product + weights[f"{name}.bias"]
 
 
 def _layer_norm(x: Array, weights: Mapping[str, Array], name: str, epsilon: float) -> Array:

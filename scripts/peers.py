@@ -8,7 +8,7 @@ from typing import Any
 import jaxmerge as jm
 from jaxmerge.catalog import COMBINATION_TYPES, METHODS
 
-Merges = Mapping[str, jm.Adapter]
+Merges = Mapping[float | None, jm.Adapter]
 
 
 def peft_merges(
@@ -44,9 +44,7 @@ def _model(folder: Path, tasks: tuple[str, ...]) -> Any:
     return model
 
 
-def _merged(
-    folder: Path, tasks: tuple[str, ...], kind: str, densities: tuple[float | None, ...], seed: int
-) -> dict[str, jm.Adapter]:
+def _merged(folder: Path, tasks: tuple[str, ...], kind: str, densities: tuple[float | None, ...], seed: int) -> Merges:
     import peft
     import torch
 
@@ -55,6 +53,6 @@ def _merged(
         torch.manual_seed(seed)
         model.add_weighted_adapter(list(tasks), [1.0] * len(tasks), "merged", combination_type=kind, density=density)
         state = peft.get_peft_model_state_dict(model, adapter_name="merged")
-        found[str(density)] = jm.from_torch(state, model.peft_config["merged"])
+        found[density] = jm.from_torch(state, model.peft_config["merged"])
         model.delete_adapter("merged")
     return found

@@ -75,13 +75,12 @@ def task_table(results: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
 
 def _of_record(name: str, record: Record) -> list[str]:
     weight = record["scale"] * record.get("weight", 1.0)
-    density = record.get("density", "")
     tasks = [f"{accuracy:.1f}" for accuracy in record["accuracy"].values()]
     mean = f"{record['mean']:.1f} ± {record['error']:.1f}"
     return [
         name,
         f"{weight:.2g}",
-        "" if density in ("", "None") else str(density),
+        str(record["density"] or ""),
         mean,
         f"{record['worst']:.1f}",
         *tasks,

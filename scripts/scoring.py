@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 import jaxmerge as jm
 from scripts import minilm
@@ -127,9 +128,9 @@ def in_batches(
     return batches, place
 
 
-def is_correct(base: minilm.Bert, examples: Examples, adapter: jm.Adapter) -> Array:
-    """Which examples the model gets right with an adapter: ``[N]`` bool. For `jaxmerge.sweep`, once partly applied."""
-    return correct_with(minilm.with_adapter(base, adapter), examples)
+def is_correct(base: minilm.Bert, examples: Examples, adapter: jm.Adapter, dtype: DTypeLike = jnp.float32) -> Array:
+    """Which examples the model gets right with an adapter: ``[N]`` bool; ``dtype`` as in `minilm.with_adapter`."""
+    return correct_with(minilm.with_adapter(base, adapter, dtype), examples)
 
 
 def correct_with(model: minilm.Bert, examples: Examples) -> Array:

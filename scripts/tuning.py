@@ -18,7 +18,7 @@ SEED = 0
 # Scales are 2^(k/2): first these k, then further ones between the limits.
 COARSE, LIMITS = (-2, 0, 2, 4), (-12, 12)
 
-Score = Callable[[list[float]], Sequence[float]]
+Score = Callable[[Sequence[int]], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,19 @@ def seeded(row: Method) -> dict[str, Any]:
     return {"key": jax.random.key(SEED)} if row.random else {}
 
 
+def is_correct(base: minilm.Bert, examples: scoring.Examples, adapter: jm.Adapter) -> Any:
+    """As `scoring.is_correct`, in bfloat16, which takes half the time and changes one answer in a thousand."""
+    return scoring.is_correct(base, examples, adapter, "bfloat16")
+
+
 def correct(
     base: minilm.Bert,
     examples: scoring.Examples,
     adapters: Sequence[jm.Adapter],
     grid: Mapping[str, Any],
-    **arguments: Any,
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The settings of a grid, and which examples their merges get right, ``[S, N]``."""
-    evaluate = jax.tree_util.Partial(scoring.is_correct, base, examples)
-    found = jm.sweep(adapters, evaluate, grid, **arguments)
-    return found.settings, np.asarray(found.scores)
+) -> np.ndarray:
+    """Which examples the weighted sums of a grid get right, ``[S, N]``."""
+    return np.asarray(jm.sweep(adapters, jax.tree_util.Partial(is_correct, base, examples), grid).scores)
 
 
 def alone(
@@ -115,7 +117,7 @@ def alone(
     """The accuracies of each adapter on its own task, and of the base model; adapters in the order of tasks."""
     n = len(adapters)
     grid = {"weights": [*np.eye(n).tolist(), [0.0] * n]}
-    accuracies = scoring.by_task(correct(base, examples, adapters, grid, method="linear")[1], sizes)
+    accuracies = scoring.by_task(correct(base, examples, adapters, grid), sizes)
     return {
         "own": {task: float(accuracies[task][i]) for i, task in enumerate(sizes)},
         "base": {task: float(accuracies[task][-1]) for task in sizes},
@@ -146,61 +148,67 @@ def climb(known: Mapping[int, float], score: Score) -> dict[int, float]:
     """Scores of scales, with those of the next ones until there are none."""
     known = dict(known)
     while steps := next_steps(known):
-        known |= _scored(steps, score)
+        known |= score(steps)
     return known
 
 
-def _scored(steps: Sequence[int], score: Score) -> dict[int, float]:
-    return dict(zip(steps, score(_scales(steps)), strict=True))
-
-
-def _scales(steps: Sequence[int]) -> list[float]:
-    return [2 ** (k / 2) for k in steps]
-
-
 def tuned(experiment: Experiment, cell: Cell) -> dict[str, Any]:
-    """The record of a cell: its best density, then its best scale, and its scores there."""
-    start, val = time.perf_counter(), experiment.val
-    arguments = cell.arguments(experiment.largest)
-    densities = {"density": cell.densities} if cell.densities else {}
-    grid = {**densities, "scale": _scales(COARSE)}
-    settings, right = correct(experiment.base, val.examples, experiment.adapters, grid, **arguments)
-    means = mean_scores(val, right)
-    density = {name: value for name, value in settings[best_of(dict(enumerate(means)))].items() if name != "scale"}
-    merged = jm.merge(experiment.adapters, **arguments, **density)
-    known = [mean for setting, mean in zip(settings, means, strict=True) if density.items() <= setting.items()]
+    """The record of a cell: its best density and scale, and its scores there."""
+    start = time.perf_counter()
+    merges = merged_at(experiment.adapters, cell.densities, **cell.arguments(experiment.largest))
     return {
         "method": cell.method,
         "space": cell.space,
-        "rank": max(lora.rank for lora in merged.modules.values()),
+        "rank": max(lora.rank for lora in next(iter(merges.values())).modules.values()),
         "stages": list(cell.stages),
         # What a scale of 1 gives each adapter.
         "weight": 1.0 if cell.row.averages else 1 / len(experiment.adapters),
-        **density,
-        "tried": [{**setting, "mean": mean} for setting, mean in zip(settings, means, strict=True)],
-        **scaled(experiment, merged, dict(zip(COARSE, known, strict=True))),
+        **best_merge(experiment, merges),
         "seconds": time.perf_counter() - start,
     }
 
 
-def scaled(experiment: Experiment, merged: jm.Adapter, known: Mapping[int, float] | None = None) -> dict[str, Any]:
-    """The best scale of a merge and its scores there; ``known`` are the scores of some scales, as `COARSE`."""
-    val = experiment.val
+def merged_at(
+    adapters: Sequence[jm.Adapter], densities: Sequence[float], **arguments: Any
+) -> dict[float | None, jm.Adapter]:
+    """Density -> merge; None for the only one of a method that takes no density."""
+    if not densities:
+        return {None: jm.merge(adapters, **arguments)}
+    found = jm.sweep(adapters, _unscored, {"density": densities}, keep=True, **arguments)
+    assert found.adapters is not None
+    return dict(zip(densities, found.adapters, strict=True))
 
-    def score(scales: list[float]) -> list[float]:
-        return mean_scores(val, correct(experiment.base, val.examples, [merged], {"scale": scales})[1])
 
-    scores = climb(_scored(COARSE, score) if known is None else known, score)
-    best = best_of(scores)
-    by_scale = {2 ** (k / 2): scores[k] for k in sorted(scores)}
-    at_best = at_test(experiment, merged, 2 ** (best / 2))
-    return {"scale": 2 ** (best / 2), "val": scores[best], "by_scale": by_scale, **at_best}
+def _unscored(merged: jm.Adapter) -> float:
+    del merged
+    return 0.0
+
+
+def best_merge(experiment: Experiment, merges: Mapping[float | None, jm.Adapter]) -> dict[str, Any]:
+    """The best of several merges at its best scale, both chosen on the validation examples; scores on the test's."""
+
+    def score(merged: jm.Adapter, steps: Sequence[int]) -> dict[int, float]:
+        scales = {"scale": [2 ** (k / 2) for k in steps]}
+        right = correct(experiment.base, experiment.val.examples, [merged], scales)
+        return dict(zip(steps, mean_scores(experiment.val, right), strict=True))
+
+    tried = {density: score(merged, COARSE) for density, merged in merges.items()}
+    best = best_of({density: max(scores.values()) for density, scores in tried.items()})
+    tried[best] = climb(tried[best], lambda steps: score(merges[best], steps))
+    step = best_of(tried[best])
+    return {
+        "density": best,
+        "scale": 2 ** (step / 2),
+        "val": tried[best][step],
+        "tried": {str(density): {2 ** (k / 2): scores[k] for k in sorted(scores)} for density, scores in tried.items()},
+        **at_test(experiment, merges[best], 2 ** (step / 2)),
+    }
 
 
 def at_test(experiment: Experiment, merged: jm.Adapter, scale: float = 1.0) -> dict[str, Any]:
     """Test scores of a merge, in percent: of each task, their mean and worst, and which examples were right."""
     test = experiment.test
-    right = correct(experiment.base, test.examples, [merged], {"scale": [scale]})[1][0]
+    right = correct(experiment.base, test.examples, [merged], {"scale": [scale]})[0]
     accuracies = {task: float(part) for task, part in scoring.by_task(right, test.sizes).items()}
     each = 100 * scoring.normalised(accuracies, test.own)
     return {
@@ -219,10 +227,9 @@ def untuned(experiment: Experiment, method: str, density: float | None = None) -
     return {"method": method, **given, **at_test(experiment, merged)}
 
 
-def peers(experiment: Experiment, merges: Mapping[str, jm.Adapter]) -> dict[str, Any]:
-    """The record of merges that were made elsewhere, by density: the one whose best scale is best, and it as it was."""
+def peers(experiment: Experiment, merges: Mapping[float | None, jm.Adapter]) -> dict[str, Any]:
+    """The record of merges that were made elsewhere, by density; and of the best of them as it was."""
     start = time.perf_counter()
-    found = {name: scaled(experiment, merged) for name, merged in merges.items()}
-    best = best_of({name: record["val"] for name, record in found.items()})
-    plain = at_test(experiment, merges[best])
-    return {"density": best, **found[best], "untuned": plain, "seconds": time.perf_counter() - start}
+    found = best_merge(experiment, merges)
+    plain = at_test(experiment, merges[found["density"]])
+    return {**found, "untuned": plain, "seconds": time.perf_counter() - start}

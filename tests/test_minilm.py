@@ -73,6 +73,17 @@ def test_hidden_states_are_those_of_transformers_with_an_adapter_and_without():
     np.testing.assert_allclose(np.asarray(found)[real], without[real], atol=2e-5)
 
 
+def test_in_bfloat16_only_the_products_are_rounded():
+    _, base, adapter = small()
+    ids = token_ids()
+    exact, rounded = (
+        np.asarray(minilm.embed(minilm.with_adapter(base, adapter, dtype), jnp.asarray(ids)))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact.dtype == rounded.dtype == np.float32
+    assert 1e-5 < np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
+
+
 def test_an_embedding_is_the_mean_over_real_tokens_however_long_the_padding():
     _, base, _ = small()
     ids = token_ids()
