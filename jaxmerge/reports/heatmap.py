@@ -79,10 +79,10 @@ def _columns(block: Block, left: int, y: int, side: int) -> list[Markup]:
     """Numbers below the first, the last, and some columns between."""
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * side >= 17)
     last = len(block.columns) - 1
-    shown = [i for i in range(0, last + 1, every) if i == 0 or last - i >= every or i == last] + [last]
+    shown = {0, last, *range(every, last - every + 1, every)}
     numbers = [
         element("text", block.columns[i], x=left + (i + 0.5) * side - 0.5, y=y + 11, class_="tick mid")
-        for i in sorted(set(shown))
+        for i in sorted(shown)
     ]
     return [element("text", block.axis, x=left - 6, y=y + 11, class_="tick end"), *numbers]
 
@@ -95,35 +95,25 @@ def _described(panel: Panel, scale: Scale, of: str) -> str:
     return f"Heat map, {of}, {panel.title}: {len(known)} values from {ends}"
 
 
-def legend(scale: Scale, words: tuple[str, str] = ("", "")) -> Markup:
-    """The colours of a scale with its numbers, and a mark where chance is.
-
-    Args:
-        scale: The scale.
-        words: What its ends mean.
-    """
+def legend(scale: Scale) -> Markup:
+    """The colours of a scale with its numbers, and a mark where chance is."""
     wide, tall, side = 10, 10, 36
     width = STEPS * wide
-    kind = scale.kind[0]
     parts = [
-        element("rect", x=side + i * wide, y=2, width=wide + 0.5, height=tall, class_=f"{kind}{i}")
+        element("rect", x=side + i * wide, y=2, width=wide + 0.5, height=tall, class_=f"{scale.kind[0]}{i}")
         for i in range(STEPS)
     ]
-    ends = [(0.0, scale.low, words[0]), (1.0, scale.high, words[1])]
+    words = [(0.0, scale.told(scale.low), 0), (1.0, scale.told(scale.high), 0)]
     if scale.kind == "diverging":
-        ends.append((0.5, (scale.low + scale.high) / 2, "chance" if scale.chance and scale.unit else ""))
-    for at, value, word in ends:
-        text = " ".join(filter(None, (word, scale.told(value))))
-        parts.append(element("text", text, x=side + at * width, y=tall + 14, class_="tick mid"))
-    if scale.chance is not None and scale.kind == "sequential" and scale.low < scale.chance < scale.high:
-        x = side + scale.place(scale.chance) * width
-        parts.append(element("path", class_="chance", d=f"M{x:.1f} 0v{tall + 4}"))
-        label = f"chance {scale.brief(scale.chance)}"
-        anchor = "mid" if scale.place(scale.chance) > 0.25 else "start"
-        if 0.3 < scale.place(scale.chance) < 0.7:
-            parts.append(element("text", label, x=x, y=tall + 14, class_=f"tick {anchor}"))
-        else:
-            parts.append(element("text", label, x=x, y=tall + 27, class_="tick mid"))
+        middle = (scale.low + scale.high) / 2
+        words.append((0.5, f"{'chance ' if scale.chance else ''}{scale.told(middle)}", 0))
+    elif scale.chance is not None and scale.low < scale.chance < scale.high:
+        at = scale.place(scale.chance)
+        parts.append(element("path", class_="chance", d=f"M{side + at * width:.1f} 0v{tall + 4}"))
+        words.append((at, f"chance {scale.brief(scale.chance)}", 0 if 0.3 < at < 0.7 else 13))
+    parts += [
+        element("text", text, x=side + at * width, y=tall + 14 + down, class_="tick mid") for at, text, down in words
+    ]
     label = f"Colours from {scale.told(scale.low)} to {scale.told(scale.high)}"
     return element(
         "svg", *parts, viewBox=f"0 0 {width + 2 * side} 42", width=width + 2 * side, height=42, role="img",

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxmerge.attribution import Contributions, Part
 from jaxmerge.comparison import Comparison, Pair, Record
 from jaxmerge.reports.grid import Block, Key, grid
+
+T = TypeVar("T")
 
 # Maps of one kind that are drawn; of more pairs, those that interfere most.
 _MOST = 6
@@ -107,12 +109,12 @@ def interference(found: Comparison, names: Sequence[str]) -> list[Maps]:
     """
     made = []
     for measure in _PAIR_MEASURES:
-        panels = {}
-        for pair in found.total.pairs:
-            values = _by_key(found.modules, lambda record, p=pair.adapters, m=measure: _of_pair(record, p, m.of))
-            title = " – ".join(names[i] for i in pair.adapters)
-            panels[pair.adapters] = Panel(title, values, measure.of(pair))
-        panels = {who: panel for who, panel in panels.items() if _known([panel])}
+        values = _by_pair(found, measure)
+        panels = {
+            pair.adapters: Panel(" – ".join(names[i] for i in pair.adapters), values[pair.adapters], measure.of(pair))
+            for pair in found.total.pairs
+            if pair.adapters in values
+        }
         if not panels:
             continue
         shown = list(panels.values())
@@ -203,8 +205,13 @@ def _mean_distance(panel: Panel, centre: float) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def _of_pair(record: Record, who: tuple[int, int], of: Callable[[Pair], float | None]) -> float | None:
-    return next((of(pair) for pair in record.pairs if pair.adapters == who), None)
+def _by_pair(found: Comparison, measure: _PairMeasure) -> dict[tuple[int, int], dict[Key, float | None]]:
+    """What is measured of every pair, by module; of those that have it in some module."""
+    values: dict[tuple[int, int], dict[Key, float | None]] = {}
+    for key, record in _by_key(found.modules, lambda record: record).items():
+        for pair in record.pairs:
+            values.setdefault(pair.adapters, {})[key] = measure.of(pair)
+    return {who: own for who, own in values.items() if any(value is not None for value in own.values())}
 
 
 def _joined(panels: Iterable[Mapping[Key, float | None]], summary: str) -> dict[Key, float | None]:
@@ -220,7 +227,7 @@ def _joined(panels: Iterable[Mapping[Key, float | None]], summary: str) -> dict[
 
 
 def content(found: Contributions, names: Sequence[str]) -> list[Maps]:
-    """How much of each adapter is in a result, what is of none of them, and what its rank keeps.
+    """How much of each adapter is in a result, and what is of none of them.
 
     Args:
         found: The contributions.
@@ -287,8 +294,8 @@ def _norm(part: Part, adapter: int) -> float | None:
     return next((share.norm for share in part.shares if share.adapter == adapter), None)
 
 
-def _by_key(modules: Mapping[str, Any], of: Callable[[Any], float | None]) -> dict[Key, float | None]:
-    """A value of every cell of the grid: of each module, or of each of the layers that it holds."""
+def _by_key(modules: Mapping[str, Any], of: Callable[[Any], T]) -> dict[Key, T]:
+    """What belongs to every cell of the grid: of each module, or of each of the layers that it holds."""
     return {
         (path, index if module.layers else None): of(part)
         for path, module in modules.items()
