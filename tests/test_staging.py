@@ -1,6 +1,9 @@
 """Stages on top of merges: applied in order, before the cut, and for all modules together where they say so."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +18,14 @@ SHAPES = {"model.layers.0.q": (20, 16), "model.layers.1.q": (20, 16), "model.lay
 WEIGHTS = [1.0, 0.5, -0.7]
 
 
-def adapters(scale=0.5, batch=()):
+def adapters(scale=0.5, batch=(), rank=3):
     rng = np.random.default_rng(0)
 
     def factor(*shape):
         return rng.normal(size=(*batch, *shape)).astype(np.float32)
 
     return [
-        jm.Adapter({name: jm.LoRA(factor(3, i), factor(o, 3), scale) for name, (o, i) in SHAPES.items()})
+        jm.Adapter({name: jm.LoRA(factor(rank, i), factor(o, rank), scale) for name, (o, i) in SHAPES.items()})
         for _ in range(3)
     ]
 
@@ -174,6 +177,41 @@ def test_truncation_under_jit_leaves_zeros():
             assert not np.asarray(lora.b)[:, rank:].any()
 
 
+def test_truncation_of_what_is_spread_over_a_mesh():
+    program = """
+import jax, numpy as np
+import jaxmerge as jm
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tests.test_staging import WEIGHTS, adapters
+
+def spread(adapter, mesh, a, b):
+    put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    return jm.Adapter({path: jm.LoRA(put(x.a, a), put(x.b, b), x.scale) for path, x in adapter.modules.items()})
+
+count = 0
+sources = adapters(rank=4)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    along_features, along_rank = (P(None, "x"), P("x", None)), (P("x", None), P(None, "x"))
+    for rank in (3, 4):
+        options = {"stages": [("truncate", {"rank": rank}), "norm_restore"]}
+        plain = jm.merge(sources, WEIGHTS, **options)
+        merges = [jm.merge(sources, WEIGHTS, mesh=mesh, **options)]
+        for specs in (along_features, along_rank):
+            merges.append(jm.merge([spread(source, mesh, *specs) for source in sources], WEIGHTS, **options))
+        for merged in merges:
+            for path, lora in plain.modules.items():
+                np.testing.assert_array_equal(merged.modules[path].a, lora.a)
+                np.testing.assert_array_equal(merged.modules[path].b, lora.b)
+                count += 1
+print("compared", count)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.stdout == "compared 36\n", done.stderr
+
+
 def test_truncation_of_nothing_keeps_a_rank_of_one():
     sources = [jax.tree.map(np.zeros_like, adapter) for adapter in adapters()]
     merged = jm.merge(sources, stages=[("truncate", {"energy": 0.9}), "norm_restore"])
@@ -312,6 +350,23 @@ def test_the_command_line_stages_and_cuts_as_python_does(tmp_path, capsys):
     )
     record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
     assert record["truncated"] == {"energy": 0.9, "max_rank": 12}
+
+
+def test_the_command_line_truncates_in_the_order_given(tmp_path, capsys):
+    command = ["merge", *ADAPTERS, "-o", str(tmp_path / "out"), "--stage", "truncate:rank=5", "--stage", "norm_restore"]
+    assert main([*command, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["stages"] == [["truncate", {"rank": 5}], ["norm_restore", {}]]
+    sources, found = [jm.load(path) for path in ADAPTERS], jm.load(tmp_path / "out")
+    cut_to_five = jm.merge(sources, rank=5)
+    for path, lora in cut_to_five.modules.items():
+        wanted = np.mean([np.linalg.norm(delta64(source.modules[path])) for source in sources])
+        delta = delta64(lora) * wanted / np.linalg.norm(delta64(lora))
+        assert found.modules[path].rank == 5
+        assert relative_error(delta64(found.modules[path]), delta) < 1e-2  # Sources of half precision.
+        kept = float(cut_to_five.energy[path].kept)
+        assert summary["modules"][path]["energy_kept"] == pytest.approx(kept, abs=1e-3)
+    assert "then truncate rank 5, then norm_restore" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

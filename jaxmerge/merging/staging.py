@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxmerge import stages
@@ -221,8 +222,13 @@ def _leading(leaf: Any, rank: int, axis: int) -> Any:
         return leaf[index]
     with precision(leaf.dtype):
         if on_host(leaf) and len(leaf.devices()) == 1:
-            return jnp.asarray(np.asarray(leaf)[index])
-        return laid_out(leaf[index], placement(leaf))
+            return jax.device_put(np.asarray(leaf)[index].copy())
+        found = placement(leaf)
+        if found is not None:  # What is spread along the rank is put together first.
+            spec = [*found.spec, *[None] * (leaf.ndim - len(found.spec))]
+            spec[axis] = None
+            leaf = laid_out(leaf, NamedSharding(found.mesh, PartitionSpec(*spec)))
+        return laid_out(jax.lax.slice_in_dim(leaf, 0, rank, axis=axis), found)
 
 
 def scaled(lora: LoRA, factor: ArrayLike) -> LoRA:
