@@ -23,6 +23,7 @@ from jaxmerge.recipes.reading import read_recipe
 from jaxmerge.recipes.records import recipe_of
 from jaxmerge.recipes.running import Workplace, planned, read
 from jaxmerge.resizing import truncate
+from jaxmerge.tables import Table, columns, html
 from jaxmerge.values import described
 
 # Modules that are made again unless told otherwise.
@@ -30,6 +31,12 @@ _SAMPLE = 16
 # Relative differences up to which a module counts as made again: those of rounding, on whatever machine, and of a few
 # entries that a threshold takes there and not here.
 _SAME = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+_STATUS = {
+    "same": "made again to the bit",
+    "close": "made again, but for rounding",
+    "different": "not what its recipe makes",
+    "unknown": "could not be made again",
+}
 # A share of its weight below which an adapter is not in a result.
 _ABSENT = 1e-3
 
@@ -55,7 +62,7 @@ class Presence:
     present: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What was found of a merged adapter.
 
@@ -90,6 +97,33 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """All of it as plain lists, dictionaries and numbers."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
+
+    @property
+    def facts(self) -> list[str]:
+        """What was found, in a few words each."""
+        sampled = [f"{len(self.sampled)} of {self.modules} modules"] if self.sampled else []
+        return [_STATUS[self.status], *sampled, *([f"at most {100 * self.error:.2g} % off"] if self.error else [])]
+
+    def table(self) -> Table:
+        """The adapters, and how much of each is in the result."""
+        rows = [
+            (i + 1, one.name, one.weight, _number(one.found), _number(one.projection), "yes" if one.present else "no")
+            for i, one in enumerate(self.adapters)
+        ]
+        numbers = columns(["adapter"], ["weight", "found", "projection"])
+        return Table([("", "right"), *numbers, ("in it", "left")], rows)
+
+    def __repr__(self) -> str:
+        problems = [f"{len(self.problems)} problems"] if self.problems else []
+        return f"Verification({', '.join([self.path, *self.facts, *problems])})"
+
+    def _repr_html_(self) -> str:
+        cell = f"method {self.method}, space {self.space}" if self.method else ""
+        return html(self.path, self.facts, cell, self.table(), *self.problems)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Verification:

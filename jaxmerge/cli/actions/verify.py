@@ -4,21 +4,15 @@ import argparse
 
 from rich.markup import escape
 
-from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table, working
 from jaxmerge.verification import Verification, verify
-
-_STATUS = {
-    "same": "made again to the bit",
-    "close": "made again, but for rounding",
-    "different": "not what its recipe makes",
-    "unknown": "could not be made again",
-}
 
 
 def run(options: argparse.Namespace) -> int:
     """Verifies; returns 1 if something is wrong."""
     try:
-        found = verify(options.path, modules=None if options.all else options.modules)
+        with working("verifying"):
+            found = verify(options.path, modules=None if options.all else options.modules)
     except (ValueError, OSError, MemoryError) as error:
         return report_error(error, options.json)
     if options.json:
@@ -32,19 +26,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _print(found: Verification) -> None:
     style = {"same": "green", "close": "green", "different": "red", "unknown": "yellow"}[found.status]
-    how_many = f", {len(found.sampled)} of {found.modules} modules" if found.sampled else ""
-    off = f", at most {100 * found.error:.2g} % off" if found.error else ""
-    out.print(f"[bold]{escape(found.path)}[/bold]  [{style}]{_STATUS[found.status]}[/{style}]{how_many}{off}")
+    status, *more = found.facts
+    out.print(f"[bold]{escape(found.path)}[/bold]  {', '.join([f'[{style}]{status}[/{style}]', *more])}")
     out.print(f"method {found.method}, space {found.space}")
     out.print()
     if found.adapters:
-        rows = [
-            (i + 1, one.name, one.weight, _number(one.found), _number(one.projection), "yes" if one.present else "no")
-            for i, one in enumerate(found.adapters)
-        ]
-        columns = [("", "right"), ("adapter", "left"), ("weight", "right"), ("found", "right"),
-                   ("projection", "right"), ("in it", "left")]  # fmt: skip
-        out.print(table(columns, rows))
+        out.print(table(*found.table()))
         out.print()
         out.print(
             "found: the adapter's number in the weighted sum of all that is nearest to the result; "
@@ -53,7 +40,3 @@ def _print(found: Verification) -> None:
         )
     for problem in found.problems:
         out.print(escape(problem), style="red")
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
