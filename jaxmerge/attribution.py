@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxmerge import lapack, metrics, threads
@@ -136,6 +137,7 @@ def contributions(
     raise_problems(shape_problems([*adapters, merged]) + _module_problems(merged, adapters))
     raise_problems(value_problems([*adapters, merged]))
     # JAX is called here, not in the threads.
+    energy = jax.tree.map(seen_everywhere, dict(merged.energy))
     modules = {
         path: (
             _on_host(lora),
@@ -149,7 +151,7 @@ def contributions(
             lambda item: _measure(*item), modules.values(), lambda: on_progress(next(done), len(modules))
         )
     parts = {
-        path: _module_part(lora, tuple(sources), matrices, merged.energy.get(path))
+        path: _module_part(lora, tuple(sources), matrices, energy.get(path))
         for (path, (lora, sources)), matrices in zip(modules.items(), measured, strict=True)
     }
     total = _part(
@@ -157,7 +159,7 @@ def contributions(
         tuple(range(len(adapters))),
         max(part.rank for part in parts.values()),
         None,
-        _summed([merged.energy.get(path) for path in modules]),
+        _summed([energy.get(path) for path in modules]),
     )
     left = sum((part.residual or 0) * part.norm**2 for part in parts.values())
     names = tuple(adapter_name(adapters, i) for i in range(len(adapters)))

@@ -38,7 +38,7 @@ def measured(
     Raises:
         ValueError: If the adapters do not fit each other.
     """
-    allowed = options.allow_different_bases
+    allowed = merged is not None or options.allow_different_bases  # A merge has been allowed already.
     with following("comparing" if merged is None else "measuring") as advance:
         return reports.report(merged, adapters, allow_different_bases=allowed, on_progress=advance, **given)
 
