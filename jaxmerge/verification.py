@@ -237,7 +237,9 @@ def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[
         fit, projection = (None, None) if share is None else (share.fit, share.projection)
         sums = METHODS[record["method"]].linear
         wanted = _smallest(weight) if sums else _ABSENT
-        absent = projection is not None and fit is not None and max(abs(fit), abs(projection)) < _ABSENT * wanted
+        # Of a sum the fit is the weight; a projection also has what the others have in common with the adapter.
+        sizes = [fit] if sums else [fit, projection]
+        absent = all(size is not None and abs(size) < _ABSENT * wanted for size in sizes)
         made.append(
             Presence(adapter.metadata.name or f"adapter {i + 1}", described(weight), fit, projection, not absent)
         )
