@@ -18,6 +18,8 @@ from jaxmerge.base import Adapter, Energy, LoRA
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import adapter_name, listing, raise_problems, shape_problems, value_problems
 from jaxmerge.sharding import seen_everywhere
+from jaxmerge.tables import Table, columns, html
+from jaxmerge.words import percent
 
 # Eigenvalues of the adapters' cosines below which a direction of theirs is none: they are combinations of each other.
 _DEPENDENT = 1e-6
@@ -85,7 +87,7 @@ class Part:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Contributions:
     """How much of each adapter is in a result.
 
@@ -110,6 +112,27 @@ class Contributions:
             "modules": {path: part.to_json() for path, part in self.modules.items()},
             "modulewise_residual": self.modulewise_residual,
         }
+
+    def table(self) -> Table:
+        """How much of each adapter is in all modules together."""
+        rows = [
+            (s.adapter + 1, self.adapters[s.adapter], *map(_number, (s.fit, s.projection, s.cosine, s.norm)))
+            for s in self.total.shares
+        ]
+        return Table([("", "right"), *columns(["adapter"], ["fit", "projection", "cosine", "norm"])], rows)
+
+    def __repr__(self) -> str:
+        fits = " ".join(_number(share.fit) for share in self.total.shares[:8])
+        return f"Contributions({len(self.adapters)} adapters, {len(self.modules)} modules, fit {fits})"
+
+    def _repr_html_(self) -> str:
+        residual = self.total.residual
+        about = [f"{len(self.modules)} modules", "" if residual is None else f"{percent(residual)} of no adapter"]
+        return html("Contributions", about, self.table())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def contributions(

@@ -38,7 +38,7 @@ class Source:
     ranks: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a comparison or a merge is told by, as HTML, Markdown and JSON.
 
@@ -135,6 +135,9 @@ class Report:
 
     def _json_text(self) -> str:
         return json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def __repr__(self) -> str:
+        return f"Report({self.title}{', merged' if self.contributions else ''})"
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for notebooks."""
