@@ -205,7 +205,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "norm_equalized": Method(
         summary="scale all deltas to their mean length, weighted sum",
-        paper="Compress-then-Merge with β = 0, arXiv:2606.03723",
+        paper="norms of Compress-then-Merge with β = 0, arXiv:2606.03723",
         function="jaxmerge.methods.gram:norm_equalized",
         **_BY_ANGLES,
     ),

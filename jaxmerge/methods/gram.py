@@ -28,8 +28,8 @@ _NEARLY_PARALLEL = 0.9995
 def norm_equalized(task_tensors: Tasks, weights: Weights) -> Array:
     """The weighted sum of the tasks once all are as long as they are on average: ``Σ wᵢ · mean‖t‖/‖tᵢ‖ · tᵢ``.
 
-    It is how Compress-then-Merge prepares its tasks (arXiv:2606.03723, β = 0). The mean is over the tasks that are
-    not zero, whatever their weights.
+    Compress-then-Merge finds its subspaces among tasks of such norms (arXiv:2606.03723, β = 0). The mean is over the
+    tasks that are not zero, whatever their weights.
 
     Args:
         task_tensors: n arrays of one shape, or one array ``[n, ...]``.
