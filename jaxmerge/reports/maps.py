@@ -43,12 +43,12 @@ class Scale:
             return "not defined"
         return self._with_unit(f"{100 * value if self.unit else value:.{digits}g}")
 
-    def brief(self, value: float | None) -> str:
-        """A value to a fortieth of the scale."""
+    def brief(self, value: float | None, parts: int = 40) -> str:
+        """A value to a fortieth of the scale, or to another part of it."""
         if value is None:
             return "–"
         factor = 100 if self.unit else 1
-        digits = max(0, math.ceil(-math.log10((self.high - self.low) * factor / 40) - 1e-9))
+        digits = max(0, math.ceil(-math.log10((self.high - self.low) * factor / parts) - 1e-9))
         return self._with_unit(f"{value * factor:.{digits}f}")
 
     def _with_unit(self, text: str) -> str:

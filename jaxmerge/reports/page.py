@@ -11,7 +11,6 @@ from jaxmerge.reports import figures, maps
 from jaxmerge.reports.colours import rules, variables
 from jaxmerge.reports.heatmap import heat_map, legend, pair_matrix
 from jaxmerge.reports.maps import Maps
-from jaxmerge.reports.narrative import number
 from jaxmerge.reports.record import Report
 from jaxmerge.reports.tables import Table, adapters_table, modules_table, tiles
 
@@ -239,7 +238,7 @@ def _maps(shown: Maps, blocks: Sequence, first: Markup | None = None) -> Markup:
 
 
 def _told(shown: Maps, total: float | None) -> str:
-    return "" if total is None else f"in total {shown.scale.brief(total) if shown.scale.unit else number(total)}"
+    return "" if total is None else f"in total {shown.scale.brief(total, 40 if shown.scale.unit else 400)}"
 
 
 def _figure(title: str, note: str, drawn: Markup) -> Markup:
