@@ -219,7 +219,7 @@ def test_every_key_misspelt_is_an_error_that_names_it(folder, place):
         ]),
         ("adapters: [a, b, c]\nmethod: slerp\n", ["recipe.yaml:2: method slerp takes just 2 adapters, not 3"]),
         ("adapters: [a, b]\nmethod: dare_linear\ndensity: 0.5\n", [
-            "recipe.yaml:2: method dare_linear draws random numbers: give a seed, as in seed: 0"
+            "recipe.yaml:2: method dare_linear draws random numbers: give a seed, as in seed: 0 or --seed 0"
         ]),
         ("adapters: [{path: a, weight: 1}, {path: b, weight: -1}]\nmethod: lego\nrank: 2\n", [
             "recipe.yaml:1: method lego takes weights of 0 or more, not -1: a weight scales both halves of a unit alike"

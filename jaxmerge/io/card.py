@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmerge.values import described
+
 
 def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Writes the card.
@@ -26,6 +28,25 @@ def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return "\n".join(["---", *front, "---", "", *_body(base, config, record), ""])
 
 
+def called(source: Mapping[str, Any]) -> str:
+    """What an adapter that was merged is called.
+
+    Args:
+        source: Its record in the provenance.
+
+    Returns:
+        Its name, if it has one, and where it lay, or what it was merged from.
+    """
+    place = source.get("path", "in memory")
+    if "inputs" in source and "method" in source:
+        place = f"{source['method']} of {', '.join(map(called, source['inputs']))}"
+    return f"{source['name']} ({place})" if "name" in source else place
+
+
+def _hash(source: Mapping[str, Any]) -> str:
+    return f"`{source['sha256'][:16]}`" if "sha256" in source else ""
+
+
 def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     of = f" of `{base}`" if base else ""
     if "resize" in record:
@@ -38,14 +59,14 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
     if record.get("seed") is not None:
         settings["seed"] = record["seed"]
     rows = [
-        f"| `{source.get('path', 'in memory')}` | {weight} | `{source.get('sha256', '')[:16]}` |"
+        f"| `{called(source)}` | {described(weight)} | {_hash(source)} |"
         for source, weight in zip(record["inputs"], record["weights"], strict=True)
     ]
     return [
         "# Merged LoRA adapter",
         "",
         f"A LoRA adapter{of}, merged from {len(rows)} with jaxmerge: "
-        + ", ".join([*(f"{name} {value}" for name, value in settings.items()), *_stages(record)])
+        + ", ".join([*(f"{name} {described(value)}" for name, value in settings.items()), *_stages(record)])
         + f". Rank {config['r']}; {100 * record['energy_kept']:.4g} % of the merge's energy (squared Frobenius "
         "norm) is kept.",
         "",
@@ -59,7 +80,9 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
 
 def _stages(record: Mapping[str, Any]) -> list[str]:
     stages = [*record.get("stages", []), *([["cut", record["truncated"]]] if "truncated" in record else [])]
-    return [" ".join(["then", name, *(f"{key} {value}" for key, value in own.items())]) for name, own in stages]
+    return [
+        " ".join(["then", name, *(f"{key} {described(value)}" for key, value in own.items())]) for name, own in stages
+    ]
 
 
 def _resized(of: str, record: Mapping[str, Any]) -> list[str]:

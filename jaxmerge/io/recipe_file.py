@@ -11,6 +11,7 @@ import yaml
 from jaxmerge.layouts import LAYOUTS
 
 RECIPE = "recipe.yaml"
+_HEAD = "# What made this, by jaxmerge"
 
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -89,6 +90,14 @@ def moved(recipe: Mapping[str, Any], folder: str, target: str) -> dict[str, Any]
     return made
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a recipe is one that was left beside a result."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(_HEAD)
+    except (OSError, ValueError):
+        return False
+
+
 def take_recipe(record: dict[str, Any], target: Any) -> bytes | None:
     """Takes the recipe out of a record of provenance, for a file beside what is written.
 
@@ -104,7 +113,7 @@ def take_recipe(record: dict[str, Any], target: Any) -> bytes | None:
         return None
     version = record.get("versions", {}).get("jaxmerge", "")
     head = (
-        f"# What made this, by jaxmerge {version}. To make it again: jaxmerge merge {RECIPE} -o OUT\n"
+        f"{_HEAD} {version}. To make it again: jaxmerge merge {RECIPE} -o OUT\n"
         "# Paths are relative to this file; sha256 is checked.\n"
     )
     return (head + dump(moved(recipe, folder, str(target)))).encode()

@@ -111,6 +111,17 @@ def conversion(recipe: Recipe) -> dict[str, Any]:
     return asked
 
 
+def files(recipe: Recipe) -> list[str]:
+    """The paths of all files that a recipe reads, and those inside of it."""
+    found = []
+    for source in recipe.adapters:
+        if source.recipe is not None:
+            found += files(source.recipe)
+        elif isinstance(source.path, str):
+            found.append(reading(recipe, source)[0])
+    return found
+
+
 def reading(recipe: Recipe, source: Source) -> tuple[str, dict[str, Any]]:
     """The path of an adapter in a file, and the other arguments of `jaxmerge.load`."""
     options = {"layout" if name == "tree" else name: value for name, value in source.reading.items()}

@@ -229,7 +229,7 @@ def _of_cell(recipe: Recipe, method: str, space: str) -> _Found:
                     (("adapters", i, "weight", *place), text) for text in sign_problems(method, [float(number)])
                 )
     if METHODS[method].random and not is_alone(recipe) and recipe.seed is None and not recipe.places.has("seed"):
-        yield at, f"method {method} draws random numbers: give a seed, as in seed: 0"
+        yield at, f"method {method} draws random numbers: give a seed, as in seed: 0 or --seed 0"
 
 
 def _missing(recipe: Recipe, method: str, known: Mapping[str, Any], at: Place) -> _Found:

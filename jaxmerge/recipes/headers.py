@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.merging.plan import plan_merge
+from jaxmerge.merging.steps import Plan
 from jaxmerge.recipes.arguments import merge_arguments, reading
 from jaxmerge.recipes.checks import own_problems
 from jaxmerge.recipes.model import Recipe, Source
@@ -24,12 +25,12 @@ class Inspection:
 
     Attributes:
         adapters: As shapes; those that can be read.
-        outline: What the merge will be, as shapes; None where there is a problem.
+        plan: Of the merge, of shapes; None where there is a problem.
         problems: Of the recipe and those inside of it.
     """
 
     adapters: list[Adapter]
-    outline: Adapter | None
+    plan: Plan | None
     problems: list[Problem]
 
 
@@ -69,9 +70,11 @@ def _inspected(recipe: Recipe, placing: Mapping[str, Any]) -> Inspection:
     if own or varying:
         return Inspection(adapters, None, own + varying + inner + _together(recipe, adapters))
     try:
-        return Inspection(adapters, plan_merge(adapters, weights, **arguments, **placing).outline(), inner)
+        plan = plan_merge(adapters, weights, **arguments, **placing)
     except ValueError as error:
         return Inspection(adapters, None, inner + [recipe.places.problem((), line) for line in _lines(error)])
+    # Of what could not be read inside, all has been told.
+    return Inspection(adapters, None if inner else plan, inner)
 
 
 def _shapes(recipe: Recipe, i: int, placing: Mapping[str, Any]) -> tuple[Adapter | None, list[Problem]]:
@@ -79,7 +82,7 @@ def _shapes(recipe: Recipe, i: int, placing: Mapping[str, Any]) -> tuple[Adapter
     source = recipe.adapters[i]
     if source.recipe is not None:
         found = _inspected(source.recipe, placing)
-        return None if found.outline is None else _named(found.outline, recipe, source), found.problems
+        return None if found.plan is None else _named(found.plan.outline(), recipe, source), found.problems
     if not isinstance(source.path, str) or source.path == "":
         return None, []  # Told already.
     path, options = reading(recipe, source)

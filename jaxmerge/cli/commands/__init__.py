@@ -6,4 +6,4 @@ code. All of them are imported to answer ``--help``: what needs JAX, or prints t
 """
 
 # In the order in which they are listed.
-COMMANDS = ("merge", "sweep", "verify", "inspect", "compare", "convert", "resize", "methods", "completion")
+COMMANDS = ("merge", "sweep", "verify", "inspect", "compare", "convert", "resize", "methods", "schema", "completion")
