@@ -1,6 +1,8 @@
 """Figures: what is drawn is what the records say."""
 
 import io
+import subprocess
+import sys
 
 import matplotlib
 import numpy as np
@@ -162,3 +164,9 @@ def test_settings_of_matplotlib_stay(report):
     before = dict(matplotlib.rcParams)
     plots.norms(report)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_without_matplotlib_it_says_what_to_install():
+    code = "import sys; sys.modules['matplotlib'] = None; import jaxmerge.plots"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: jaxmerge.plots needs matplotlib: pip install 'jaxmerge[plots]'" in done.stderr
