@@ -71,6 +71,12 @@ class HelpFormatter(argparse.HelpFormatter):
         more = any(a not in needed and not isinstance(a, argparse._HelpAction) for a in actions)
         return text if usage or not more else f"{text.rstrip()} [options]\n\n"
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """Leaves room for the names of commands, whose indentation argparse forgets."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
         for indented, block in itertools.groupby(text.splitlines(), key=lambda line: line.startswith(" ") or not line):

@@ -13,7 +13,7 @@ EXAMPLES = """\
 examples:
   jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged
   jaxmerge merge tests/adapters/sms tests/adapters/movie -o small --rank 16 --weights 1 0.5
-  jaxmerge merge tests/adapters/sms tests/adapters/movie -o ties --method ties --density 0.2
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o knots --method ties --space knots --density 0.2
   jaxmerge merge tests/adapters/sms tests/adapters/movie -o cut --rank 8 --report report.html
   jaxmerge merge merged/recipe.yaml -o again
 """

@@ -13,7 +13,7 @@ DESCRIPTION = (
 EXAMPLES = """\
 examples:
   jaxmerge sweep tests/adapters/sms tests/adapters/movie --rank 8 --weights 1 1 --weights 1 0.5
-  jaxmerge sweep tests/adapters/sms tests/adapters/movie --method ties --space knots --density 0.1 0.2 0.5 --scale 0.5 1
+  jaxmerge sweep tests/adapters/sms tests/adapters/movie --method ties --space core --density 0.2 0.5 --scale 0.5 1
 """
 
 
