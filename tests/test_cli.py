@@ -1,5 +1,6 @@
 """The command line, from the outside: what it writes, what it says, and how it ends."""
 
+import dataclasses
 import json
 import os
 import re
@@ -23,6 +24,17 @@ from tests.helpers import delta64, relative_error
 
 ADAPTERS = Path(__file__).parent / "adapters"
 SMS, MOVIE, NAMES = (str(ADAPTERS / name) for name in ("sms", "movie", "names"))
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory):
+    """The query projections of two real adapters: one shape, and so one program, where what is made does not matter."""
+    folders = [tmp_path_factory.mktemp("queries") / name for name in ("sms", "movie")]
+    for folder, source in zip(folders, (SMS, MOVIE), strict=True):
+        adapter = jm.load(source)
+        modules = {path: lora for path, lora in adapter.modules.items() if path.endswith("query")}
+        jm.save(dataclasses.replace(adapter, modules=modules), folder)
+    return [str(folder) for folder in folders]
 
 
 def run(*arguments, code=0):
@@ -74,16 +86,16 @@ def test_the_hint_is_what_the_rank_keeps(tmp_path, capsys):
     assert 100 * summary["energy_kept"] == pytest.approx(float(hint[1]), abs=0.06)
 
 
-def test_json_tells_everything(tmp_path, capsys):
+def test_json_tells_everything(tmp_path, capsys, queries):
     arguments = ["--method", "dare_ties", "--density", "0.5", "--seed", "3", "--rank", "8", "--json"]
-    run("merge", SMS, MOVIE, "-o", tmp_path / "out", *arguments)
+    run("merge", *queries, "-o", tmp_path / "out", *arguments)
     summary = json.loads(capsys.readouterr().out)
     assert summary["ok"] is True
     assert summary["seed"] == 3
     defaults = {"majority_sign_method": "total", "election": "unweighted", "divisor": "count"}
     assert summary["hyperparameters"] == {"density": 0.5, **defaults}
     assert [source["weight"] for source in summary["inputs"]] == [1.0, 1.0]
-    assert len(summary["modules"]) == 36
+    assert len(summary["modules"]) == 6
     assert {module["rank"] for module in summary["modules"].values()} == {8}
     assert 0 < summary["energy_kept"] < 1
     record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
@@ -91,10 +103,10 @@ def test_json_tells_everything(tmp_path, capsys):
     assert record["energy_kept"] == summary["energy_kept"]
 
 
-def test_two_runs_write_the_same_bytes(tmp_path):
+def test_two_runs_write_the_same_bytes(tmp_path, queries):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        arguments = [SMS, MOVIE, "-o", str(tmp_path / name / "out"), "--method", "dare_linear", "--density", "0.3"]
+        arguments = [*queries, "-o", str(tmp_path / name / "out"), "--method", "dare_linear", "--density", "0.3"]
         command = [sys.executable, "-m", "jaxmerge", "merge", *arguments, "--seed", "5"]
         environment = {**os.environ, "PYTHONHASHSEED": "1" if name == "a" else "2"}
         subprocess.run(command, check=True, env=environment, capture_output=True)
@@ -102,11 +114,11 @@ def test_two_runs_write_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / "out" / name).read_bytes() == (tmp_path / "b" / "out" / name).read_bytes()
 
 
-def test_a_seed_is_jax_random_key(tmp_path):
-    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--method", "dare_linear", "--density", "0.5", "--seed", "9")
+def test_a_seed_is_jax_random_key(tmp_path, queries):
+    run("merge", *queries, "-o", tmp_path / "out", "--method", "dare_linear", "--density", "0.5", "--seed", "9")
     import jax
 
-    sources = [jm.load(SMS), jm.load(MOVIE)]
+    sources = [jm.load(path) for path in queries]
     expected = jm.merge(sources, method="dare_linear", density=0.5, key=jax.random.key(9))
     got = jm.load(tmp_path / "out")
     for path, lora in expected.modules.items():
@@ -384,7 +396,7 @@ def test_what_makes_it_again_is_recorded(tmp_path):
     assert record["rank"] == 8
 
 
-def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path):
+def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path, queries):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "1"}
     program = (
         "import sys, jax, jax.monitoring\n"
@@ -396,7 +408,7 @@ def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path):
     )
 
     def merge(out, *options):
-        command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / out), *options]
+        command = [sys.executable, "-c", program, "merge", *queries, "-o", str(tmp_path / out), *options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return [int(number) for number in done.stdout.splitlines()[-1].split()]
 
@@ -439,9 +451,9 @@ def test_machine_options_that_mean_nothing(tmp_path, capsys, arguments):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_memory_changes_no_byte(tmp_path):
-    run("merge", SMS, MOVIE, "-o", tmp_path / "a", "--method", "dare_ties", "--density", "0.5", "--seed", "1")
-    run("merge", SMS, MOVIE, "-o", tmp_path / "b", "--method", "dare_ties", "--density", "0.5", "--seed", "1",
+def test_memory_changes_no_byte(tmp_path, queries):
+    run("merge", *queries, "-o", tmp_path / "a", "--method", "dare_ties", "--density", "0.5", "--seed", "1")
+    run("merge", *queries, "-o", tmp_path / "b", "--method", "dare_ties", "--density", "0.5", "--seed", "1",
         "--memory", "30MB")  # fmt: skip
     one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
     assert one == other
