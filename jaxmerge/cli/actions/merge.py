@@ -14,7 +14,7 @@ from jaxmerge.cli.actions.asked import conflicts, is_recipe, recipe_of
 from jaxmerge.cli.actions.machine import join, keep_programs, placing
 from jaxmerge.cli.actions.preview import print_preview
 from jaxmerge.cli.actions.summary import print_summary, summarise
-from jaxmerge.cli.console import progress, report, report_error, report_problems
+from jaxmerge.cli.console import progress, report, report_error, report_problems, working
 from jaxmerge.io.atomic import existing_ancestor
 from jaxmerge.io.recipe_file import RECIPE, is_ours
 from jaxmerge.layouts import Conversion
@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
         beside = existing_ancestor(Path(options.output).parent)
         merged, adapters = run_recipe(recipe, Workplace(**places, spill=beside, progress=progress))
         made = None if options.report is None else reporting.measured(merged, adapters, options, name=options.output)
-        written = io.save(merged, options.output, force=options.force, **conversion(recipe))
+        with working("writing"):
+            written = io.save(merged, options.output, force=options.force, **conversion(recipe))
         if made is not None:
             reporting.save(made, options, "the adapter is written")
         merged = jax.tree.map(seen_everywhere, merged)

@@ -11,7 +11,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 examples:
-  jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged --method ties --density 0.2 --rank 16
+  jaxmerge merge tests/adapters/sms tests/adapters/movie -o merged --rank 16
   jaxmerge verify merged
   jaxmerge verify merged --all
 """
