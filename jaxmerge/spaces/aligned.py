@@ -24,6 +24,7 @@ from jaxmerge.spaces.pipe import (
     nothing_lost,
     rotated,
     side_by_side,
+    upright,
 )
 
 Basis = Literal["reference", "balanced", "hosvd"]
@@ -59,10 +60,12 @@ def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Bases
     ]
     u, s, vt = jnp.linalg.svd(jnp.concatenate(coupled, axis=1), full_matrices=False)
     held = _held(s, max(q_b.shape[0], sum(a.shape[1] for a in factors.a)))
-    aligned = jnp.where(held, s, jnp.zeros_like(s))[:, None] * vt
+    u = matmul(q_b, u)
+    signs = upright(u)
+    aligned = (signs * jnp.where(held, s, jnp.zeros_like(s)))[:, None] * vt
     columns = side_by_side([right.shape[0] for right in rights])
     tasks = [matmul(aligned[:, own], q.T) for own, q in zip(columns, bases, strict=True)]
-    return (jnp.stack(tasks),), _Bases(matmul(q_b, u), None, (_count(held),))
+    return (jnp.stack(tasks),), _Bases(u * signs, None, (_count(held),))
 
 
 def _held(s: Array, size: int) -> Array:
@@ -102,12 +105,15 @@ def _project_core(factors: Factors, rank: int, *, basis: Basis = "reference") ->
     u, rows, _ = jnp.linalg.svd(jnp.concatenate(left, axis=1), full_matrices=False)
     _, columns, vt = jnp.linalg.svd(jnp.concatenate(right, axis=0), full_matrices=False)
     held = _held(rows, factors.features[0]), _held(columns, factors.features[1])
-    u, vt = jnp.where(held[0], u, jnp.zeros_like(u)), jnp.where(held[1][:, None], vt, jnp.zeros_like(vt))
+    u, v = jnp.where(held[0], u, jnp.zeros_like(u)), jnp.where(held[1], vt.T, jnp.zeros_like(vt.T))
+    basis_b, basis_a = matmul(frame.q_b, u), matmul(frame.q_a, v)
+    sign_b, sign_a = upright(basis_b), upright(basis_a)
+    u, v = u * sign_b, v * sign_a
     turned = Frame(
-        matmul(frame.q_b, u),
-        matmul(frame.q_a, vt.T),
+        basis_b * sign_b,
+        basis_a * sign_a,
         [matmul(u.T, b) for b in frame.left],
-        [matmul(a, vt.T) for a in frame.right],
+        [matmul(a, v) for a in frame.right],
     )
     return (cores(turned, factors.scales),), _Bases(turned.q_b, turned.q_a, (_count(held[0]), _count(held[1])))
 

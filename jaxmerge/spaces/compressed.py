@@ -8,7 +8,18 @@ import jax.numpy as jnp
 
 from jaxmerge.base import Array, Energy
 from jaxmerge.lowrank import Matrix, balanced, truncated_svd
-from jaxmerge.spaces.pipe import Factors, Lifted, Space, all_ranks, as_given, cores, factor_numbers, matmul, rotated
+from jaxmerge.spaces.pipe import (
+    Factors,
+    Lifted,
+    Space,
+    all_ranks,
+    as_given,
+    cores,
+    factor_numbers,
+    matmul,
+    rotated,
+    upright,
+)
 
 # The subspaces are improved until they hold less than this share more of the tasks' energy, or so many times.
 _TOLERANCE = 1e-6
@@ -38,10 +49,13 @@ def _project(factors: Factors, rank: int, *, own_norm: Array | float = 0.25) -> 
     frame = rotated(factors)
     tasks = cores(frame, factors.scales)
     u, v = _shared_subspaces(_of_like_norm(tasks, own_norm), rank)
+    basis_b, basis_a = matmul(frame.q_b, u), matmul(frame.q_a, v)
+    sign_b, sign_a = upright(basis_b), upright(basis_a)
+    u, v = u * sign_b, v * sign_a
     compressed = jnp.stack([matmul(matmul(u.T, task), v) for task in tasks])
     total = jnp.sum(tasks * tasks)
     held = jnp.sum(compressed * compressed) / jnp.where(total > 0, total, 1)
-    return (compressed,), _Subspaces(matmul(frame.q_b, u), matmul(frame.q_a, v), held)
+    return (compressed,), _Subspaces(basis_b * sign_b, basis_a * sign_a, held)
 
 
 def _of_like_norm(tasks: Array, own_norm: Array | float) -> Array:

@@ -124,6 +124,16 @@ def matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision="highest")
 
 
+def upright(columns: Array) -> Array:
+    """The signs ``[w]`` that make the largest entry of each column ``[k, w]`` positive.
+
+    A basis has its vectors with either sign, as the routine and the device have it. Where as many tasks have one sign
+    as the other, what TIES elects by number would hang on that.
+    """
+    largest = jnp.take_along_axis(columns, jnp.argmax(jnp.abs(columns), axis=0)[None], axis=0)[0]
+    return jnp.where(largest < 0, -1, 1).astype(columns.dtype)
+
+
 def as_given(scales: Array, weights: Array) -> Sequence[Array]:
     """The weights of a space whose tasks have their scales in them."""
     del scales
