@@ -236,7 +236,7 @@ def _made_of(record: Mapping[str, Any]) -> list[Table | str]:
     if "method" not in record:
         return []
     rows = [
-        (i + 1, source.get("path", "merged before" if "inputs" in source else ""), described(weight))
+        (i + 1, source.get("path", "a result" if "inputs" in source else f"adapter {i + 1}"), described(weight))
         for i, (source, weight) in enumerate(zip(record["inputs"], record["weights"], strict=True))
     ]
     return [", ".join(settings(record)), Table([("", "right"), *columns(["merged from"], ["weight"])], rows)]

@@ -16,7 +16,7 @@ from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
 from jaxmerge.metrics import norms
 from jaxmerge.tables import Table, columns, html
-from jaxmerge.words import pattern, span
+from jaxmerge.words import counted, pattern, span
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Inspection:
 
     def __repr__(self) -> str:
         ranks = [f"rank {span([module.rank for module in self.modules.values()])}"] if self.modules else []
-        problems = [f"{len(self.cannot_be_merged)} problems"] if self.cannot_be_merged else []
+        problems = [counted(len(self.cannot_be_merged), "problem")] if self.cannot_be_merged else []
         parts = [self.path, self.format, f"{len(self.modules)} modules", *ranks, *problems]
         return f"Inspection({', '.join(filter(None, parts))})"
 

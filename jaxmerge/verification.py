@@ -25,6 +25,7 @@ from jaxmerge.recipes.running import Workplace, planned, read
 from jaxmerge.resizing import truncate
 from jaxmerge.tables import Table, columns, html
 from jaxmerge.values import described
+from jaxmerge.words import counted
 
 # Modules that are made again unless told otherwise.
 _SAMPLE = 16
@@ -114,7 +115,7 @@ class Verification:
         return Table([("", "right"), *numbers, ("in it", "left")], rows)
 
     def __repr__(self) -> str:
-        problems = [f"{len(self.problems)} problems"] if self.problems else []
+        problems = [counted(len(self.problems), "problem")] if self.problems else []
         return f"Verification({', '.join([self.path, *self.facts, *problems])})"
 
     def _repr_html_(self) -> str:
