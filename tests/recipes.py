@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import jaxmerge as jm
+from jaxmerge.io.recipe_file import located
 
 ADAPTERS = Path(__file__).parent / "adapters"
 PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
@@ -43,7 +44,7 @@ def problems(text, folder, name="recipe.yaml"):
     try:
         jm.merge_recipe(folder / name)
     except ValueError as error:
-        return str(error).replace(f"{folder}/", "").splitlines()
+        return str(error).replace(f"{located(str(folder), '.')}/", "").replace(f"{folder}/", "").splitlines()
     return []
 
 

@@ -11,6 +11,7 @@ import pytest
 import jaxmerge as jm
 from jaxmerge.cli import build_parser, main
 from jaxmerge.cli.actions.asked import recipe_of
+from jaxmerge.io.recipe_file import located
 from jaxmerge.recipes import keys
 from jaxmerge.recipes.model import Gradient, Recipe, Source, Stage
 from tests.recipes import ADAPTERS, assert_same, contents, write_three
@@ -54,7 +55,7 @@ def test_a_recipe_is_merged(folder, tmp_path, capsys):
         in summary
     )
     assert "then calibrate floor 0.1" in summary
-    assert f"maths ({folder}/a)" in summary
+    assert f"maths ({located(str(folder), 'a')})" in summary
     assert "0.5 … 1" in summary
 
 
@@ -225,14 +226,14 @@ def test_a_chain_as_json(folder, tmp_path, capsys):
     assert (both["name"], both["method"], both["weight"], both["ranks"]) == ("both", "ties", 0.5, [4])
     assert (other["path"], other["weight"]) == (f"{folder}/c", 0.5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| `both (ties of maths ({folder}/a), {folder}/b)` | 0.5 |  |" in card
+    assert f"| `both (ties of maths ({located(str(folder), 'a')}), {located(str(folder), 'b')})` | 0.5 |  |" in card
     assert summary["remarks"]
 
 
 def test_weights_and_hyperparameters_that_vary_are_told_in_short(folder, tmp_path, capsys):
     run("merge", folder / "recipe.yaml", "-o", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| `maths ({folder}/a)` | 0.5 … 1 | `" in card
+    assert f"| `maths ({located(str(folder), 'a')})` | 0.5 … 1 | `" in card
     assert "density 0.6, 0.4" in card
 
 

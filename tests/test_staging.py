@@ -330,7 +330,11 @@ def test_the_command_line_stages_and_cuts_as_python_does(tmp_path, capsys):
     merge = ["merge", *ADAPTERS, "-o", str(tmp_path / "out"), "--space", "core", "--method", "ties", "--density", "0.4"]
     assert main([*merge, *stages, *rule, "--basis", "balanced", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["stages"] == [["calibrate", {}], ["norm_restore", {"scope": "whole"}], ["scale", {"factor": 0.8}]]
+    assert summary["stages"] == [
+        ["calibrate", {"floor": 0.1}],
+        ["norm_restore", {"scope": "whole"}],
+        ["scale", {"factor": 0.8}],
+    ]
     whole = jm.merge(
         [jm.load(path) for path in ADAPTERS],
         method="ties",
@@ -346,7 +350,8 @@ def test_the_command_line_stages_and_cuts_as_python_does(tmp_path, capsys):
         assert summary["modules"][path]["energy_kept"] == pytest.approx(float(expected.energy[path].kept), abs=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
-        "then calibrate, then norm_restore scope whole, then scale factor 0.8, then cut energy 0.9 max_rank 12" in card
+        "then calibrate floor 0.1, then norm_restore scope whole, then scale factor 0.8, "
+        "then cut energy 0.9 max_rank 12" in card
     )
     record = json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
     assert record["truncated"] == {"energy": 0.9, "max_rank": 12}
@@ -356,7 +361,7 @@ def test_the_command_line_truncates_in_the_order_given(tmp_path, capsys):
     command = ["merge", *ADAPTERS, "-o", str(tmp_path / "out"), "--stage", "truncate:rank=5", "--stage", "norm_restore"]
     assert main([*command, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["stages"] == [["truncate", {"rank": 5}], ["norm_restore", {}]]
+    assert summary["stages"] == [["truncate", {"rank": 5}], ["norm_restore", {"scope": "module"}]]
     sources, found = [jm.load(path) for path in ADAPTERS], jm.load(tmp_path / "out")
     cut_to_five = jm.merge(sources, rank=5)
     for path, lora in cut_to_five.modules.items():
@@ -366,7 +371,7 @@ def test_the_command_line_truncates_in_the_order_given(tmp_path, capsys):
         assert relative_error(delta64(found.modules[path]), delta) < 1e-2  # Sources of half precision.
         kept = float(cut_to_five.energy[path].kept)
         assert summary["modules"][path]["energy_kept"] == pytest.approx(kept, abs=1e-3)
-    assert "then truncate rank 5, then norm_restore" in (tmp_path / "out" / "README.md").read_text()
+    assert "then truncate rank 5, then norm_restore scope module" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -379,9 +384,9 @@ def test_the_command_line_truncates_in_the_order_given(tmp_path, capsys):
         (["--stage", "truncate"], 1, "none was given"),
         (["--stage", "calibrate:much"], 1, "floor should be a number, got 'much'"),
         (["--stage", "scale"], 1, "stage scale needs factor"),
-        (["--energy", "2"], 1, "energy must be above 0 and at most 1, got 2"),
-        (["--energy", "0.5", "--rank", "3"], 1, "rank and energy was given"),
-        (["--max-rank", "3"], 1, "give one of rank, energy"),
+        (["--energy", "2"], 1, "energy should be at most 1 and above 0, got 2"),
+        (["--energy", "0.5", "--rank", "3"], 1, "rank and energy are given"),
+        (["--max-rank", "3"], 1, "give rank alone, or one of these"),
     ],
 )
 def test_the_command_line_checks_stages_and_rules(tmp_path, capsys, options, code, words):
