@@ -40,6 +40,10 @@ class Sweep:
     scores: Any
     adapters: list[Adapter] | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Settings and scores as plain lists, dictionaries and numbers."""
+        return jax.tree.map(lambda x: np.asarray(x).tolist(), {"settings": self.settings, "scores": self.scores})
+
     def table(self) -> Table:
         """The settings, and the scores that are a number for each."""
         names, scores = list(self.settings[0]) if self.settings else [], self._named()

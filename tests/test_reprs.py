@@ -212,6 +212,9 @@ def test_scores_of_any_kind(scores):
     assert repr(sweep).startswith("Sweep(2 settings of density")
     assert "density" in shown(sweep)
     assert "0.25" in shown(sweep)
+    told = json.loads(json.dumps(sweep.to_json()))
+    assert told["settings"] == [{"density": 0.5}, {"density": 0.25}]
+    assert jax.tree.leaves(told["scores"]) == [float(x) for leaf in jax.tree.leaves(scores) for x in np.ravel(leaf)]
     assert repr(jm.Sweep([], {})) == "Sweep(0 settings)"
 
 
