@@ -1,5 +1,6 @@
 """A recipe as arguments of `jaxmerge.merge` and `jaxmerge.save`, once it is known what modules there are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,31 +29,37 @@ def merge_arguments(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Any, d
     Returns:
         The weights, the other arguments, and what is wrong with values at the modules that there are.
     """
-    modules, sources = Modules(recipe, adapters), recipe.adapters
-    weights = None
-    if any(source.weight is not None for source in sources):
-        weights = [
-            modules.at(source.weight, ("adapters", i, "weight"), list(adapter.modules))
-            for i, (source, adapter) in enumerate(zip(sources, adapters, strict=True))
-        ]
+    weights, varying, problems = at_modules(recipe, adapters)
     arguments = {
         "method": recipe.method,
         "space": recipe.space,
         "combination_type": recipe.combination_type,
-        "rank": _whole(modules.at(recipe.rank, ("rank",))),
         "dtype": recipe.dtype,
         "key": None if recipe.seed is None else jax.random.key(recipe.seed),
         "extras": extras_position(recipe),
-        "stages": [
-            (stage.name, _of_stage(stage, ("stages", i, stage.name), modules))
-            for i, stage in enumerate(recipe.stages)
-            if stage.name
-        ],
         "density_scope": recipe.density_scope,
         "allow_different_bases": recipe.allow_different_bases,
-        **_hyperparameters(recipe, adapters, modules),
     }
-    return weights, arguments, modules.problems
+    return weights, arguments | varying, problems
+
+
+def at_modules(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Any, dict[str, Any], list[Problem]]:
+    """Of the arguments of `merge_arguments`, those that may vary between modules; right or wrong, as far as they go."""
+    modules = Modules(recipe, adapters)
+    weights = None
+    if any(source.weight is not None for source in recipe.adapters):
+        weights = [
+            modules.at(source.weight, ("adapters", i, "weight"), list(adapter.modules))
+            for i, (source, adapter) in enumerate(zip(recipe.adapters, adapters, strict=True))
+        ]
+    stages = [
+        (stage.name, _of_stage(stage, ("stages", i, stage.name), modules))
+        for i, stage in enumerate(recipe.stages)
+        if stage.name
+    ]
+    rank = _whole(modules.at(recipe.rank, ("rank",)))
+    varying = {"rank": rank, "stages": stages, **_hyperparameters(recipe, adapters, modules)}
+    return weights, varying, modules.problems
 
 
 def _of_stage(stage: Stage, place: tuple[Any, ...], modules: Modules) -> dict[str, Any]:
@@ -94,7 +101,9 @@ def _of_each(
 
 def _whole(rank: Any) -> Any:
     """Ranks on a gradient as whole numbers."""
-    return {path: round(own) for path, own in rank.items()} if isinstance(rank, Mapping) else rank
+    if not isinstance(rank, Mapping):
+        return rank
+    return {path: round(x) if isinstance(x, float) and math.isfinite(x) else x for path, x in rank.items()}
 
 
 def truncation(recipe: Recipe) -> Rule | None:

@@ -159,7 +159,7 @@ def _names(recipe: Recipe) -> _Found:
         elif isinstance(source.name, str) and first.setdefault(source.name, i) != i:
             yield ("adapters", i, "name"), f"two adapters are called {source.name}"
     if extras_position(recipe) is None and isinstance(recipe.extras, str | int) and not recipe.faults:
-        names = [name for name in dict.fromkeys(_called(recipe, i) for i in range(len(recipe.adapters))) if name]
+        names = [_called(recipe, i) for i in range(len(recipe.adapters))]
         meant = nearest(str(recipe.extras), names)
         more = f"; did you mean {meant}?" if meant else ""
         yield (
@@ -181,7 +181,7 @@ def extras_position(recipe: Recipe) -> str | int | None:
 
 def _called(recipe: Recipe, i: int) -> str:
     source = recipe.adapters[i]
-    return source.name or source.path or f"adapter {i + 1}"
+    return str(source.name or source.path or f"adapter {i + 1}")
 
 
 def _rank(recipe: Recipe) -> _Found:

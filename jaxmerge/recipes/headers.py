@@ -13,7 +13,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.merging.steps import Plan
-from jaxmerge.recipes.arguments import merge_arguments, reading
+from jaxmerge.recipes.arguments import at_modules, merge_arguments, reading
 from jaxmerge.recipes.checks import own_problems
 from jaxmerge.recipes.model import Recipe, Source
 from jaxmerge.recipes.places import Problem
@@ -51,7 +51,7 @@ def inspect(recipe: Recipe, *, mesh: Mesh | None = None, memory: int | str | Non
 def called(recipe: Recipe, source: Source) -> str:
     """What messages call an adapter; empty where its place in the list has to do."""
     if source.name is not None or source.recipe is None:
-        return source.name or reading(recipe, source)[0]
+        return str(source.name or reading(recipe, source)[0])
     own_file = source.recipe.places.file
     return own_file if own_file != recipe.places.file else ""
 
@@ -66,9 +66,9 @@ def _inspected(recipe: Recipe, placing: Mapping[str, Any]) -> Inspection:
         return Inspection([], None, own + inner)
     if len(adapters) < len(found):  # The rest can still be compared with each other.
         return Inspection(adapters, None, own + inner + _together(recipe, adapters))
-    weights, arguments, varying = merge_arguments(recipe, adapters)
-    if own or varying:
-        return Inspection(adapters, None, own + varying + inner + _together(recipe, adapters))
+    if problems := own + at_modules(recipe, adapters)[2]:
+        return Inspection(adapters, None, problems + inner + _together(recipe, adapters))
+    weights, arguments, _ = merge_arguments(recipe, adapters)
     try:
         plan = plan_merge(adapters, weights, **arguments, **placing)
     except ValueError as error:

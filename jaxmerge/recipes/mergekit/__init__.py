@@ -118,11 +118,14 @@ class _Translation:
                 self.tell(self.root.line, "a recipe of mergekit's needs merge_method")
             return None
         node = top["merge_method"]
+        if not isinstance(node.value, str):
+            self.tell(node.line, f"merge_method should be a text, got {node.plain()!r}")
+            return None
         if node.value in ELSEWHERE:
             self.tell(node.line, f"merge_method {node.value} is mergekit's alone: {ELSEWHERE[node.value]}")
             return None
-        if not isinstance(node.value, str) or node.value not in METHODS:
-            self.tell(node.line, unknown("merge_method", node.plain(), list(METHODS)))
+        if node.value not in METHODS:
+            self.tell(node.line, unknown("merge_method", node.value, list(METHODS)))
             return None
         found = METHODS[node.value]
         self.notes += found.notes
@@ -303,7 +306,8 @@ class _Translation:
         if not node.value or any(isinstance(child.value, dict | list) for child in node.value):
             self.tell(node.line, f"{name} should be a number, a list of numbers, or a list of filters")
             return UNREAD
-        return Gradient(tuple(self.number(child, name) for child in node.value))
+        points = tuple(self.number(child, name) for child in node.value)
+        return UNREAD if UNREAD in points else Gradient(points)
 
     def number(self, node: Node, name: str) -> Any:
         if isinstance(node.value, bool) or not isinstance(node.value, int | float):
