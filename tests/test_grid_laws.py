@@ -17,10 +17,20 @@ from jaxmerge.spaces import Factors
 from tests.helpers import delta64, relative_error
 
 KEY = jax.random.key(7)
-GRID = [(method, space) for method, row in jm.METHODS.items() for space in row.spaces]
+EVERY = [(method, space) for method, row in jm.METHODS.items() for space in row.spaces]
+
+
+def form(method, space):
+    """What computes the cell."""
+    return jm.SPACES[space].load(jm.METHODS[method])
+
+
+# Cells that are the method's own one by another name: what commutes with rotations sees no bases.
+SAME = [(m, s) for m, s in EVERY if s != jm.METHODS[m].space and form(m, s) is form(m, jm.METHODS[m].space)]
+GRID = [cell for cell in EVERY if cell not in SAME]
 # Every space with a method of each kind: for laws of the pipe, each of which compiles anew.
 KINDS = [(m, s) for m, s in GRID if m in ("linear", "ties", "dare_linear", "tsv", "lego")]
-# Every space with one method, and one of each kind of method: all are spread by the same code, module by module.
+# Every space with one method, and one of each kind of method: for what the same code does, module by module.
 SPREAD = [(m, s) for m, s in KINDS if m == "ties" or s == jm.METHODS[m].space]
 # Every method in its own space, too.
 PIPE = [(m, s) for m, s in GRID if s == jm.METHODS[m].space or (m, s) in KINDS]
@@ -30,7 +40,7 @@ def cells(pairs):
     return pytest.mark.parametrize(("method", "space"), pairs, ids=[f"{m}-{s}" for m, s in pairs])
 
 
-grid, pipe, kinds = cells(GRID), cells(PIPE), cells(KINDS)
+grid, pipe, kinds, spread = cells(GRID), cells(PIPE), cells(KINDS), cells(SPREAD)
 # One shape, so that each law compiles one program a cell; TWO_SHAPES where buckets matter.
 SHAPES = {"layers.0.q": (20, 16), "layers.1.q": (20, 16)}
 TWO_SHAPES = {**SHAPES, "layers.10.q": (20, 16), "head": (16, 24)}
@@ -40,8 +50,8 @@ WEIGHTS = {2: [1.0, 0.5], 3: [1.0, 0.5, 2.0]}
 def arguments(method, space, density=0.4):
     """What a method needs to run, from its row alone; at full rank, where no truncation blurs a law."""
     row = jm.METHODS[method]
-    form = jm.SPACES[space].load(row)
-    rank = 16 if form.dense else 8 if form.full_rank else None
+    basis = form(method, space)
+    rank = 16 if basis.dense else 8 if basis.full_rank else None
     values = {
         h.name: density if h.kind == "density" else h.default
         for h in (*row.hyperparameters, *jm.SPACES[space].taken(row))
@@ -84,6 +94,17 @@ def bits(adapter):
 def distance(one, other):
     assert one.keys() == other.keys()
     return max(relative_error(one[path], other[path]) for path in one)
+
+
+def test_cells_that_are_one():
+    assert {space for _, space in SAME} == {"knots", "core"}
+    for method, space in SAME:
+        assert jm.METHODS[method].equivariant
+        assert not jm.SPACES[space].taken(jm.METHODS[method])
+    adapters, weights = cohort("tsv")
+    own = bits(jm.merge(adapters, weights, **arguments("tsv", "full")))
+    assert bits(jm.merge(adapters, weights, **arguments("tsv", "knots"))) == own
+    assert bits(jm.merge(adapters, weights, **arguments("tsv", "core"))) == own
 
 
 @pipe
@@ -175,8 +196,11 @@ def test_drawn_from_the_key_alone(method):
         jm.merge(adapters, **{**options, "key": None})
 
 
-@kinds
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("method", "space", "dtype"),
+    [(*cell, "bfloat16") for cell in KINDS] + [(*cell, "float16") for cell in SPREAD],
+    ids="-".join,
+)
 def test_half_sources_keep_their_dtype(method, space, dtype):
     adapters, weights = cohort(method, dtype=jax.numpy.dtype(dtype))
     wide = [jax.tree.map(lambda x: np.asarray(x, np.float32), adapter) for adapter in adapters]
@@ -186,7 +210,7 @@ def test_half_sources_keep_their_dtype(method, space, dtype):
     assert distance(deltas(merged), deltas(jm.merge(wide, weights, **arguments(method, space)))) < tolerance
 
 
-@kinds
+@spread
 def test_jit_gives_what_eager_gives(method, space):
     adapters, weights = cohort(method)
     eager = jm.merge(adapters, weights, **arguments(method, space))
@@ -220,18 +244,18 @@ def test_what_commutes_with_rotations_is_the_same_in_the_spaces_own_bases(method
     row = jm.METHODS[method]
     own = dataclasses.replace(row, equivariant=False)  # In the space's form for other methods.
     form = jm.SPACES[space].load(own)
+
+    @jax.jit
+    def by_the_space(factors):
+        (tasks,), frame = form.project(factors, 12)
+        ranks = {"ranks": (4,) * len(adapters)} if row.ranked else {}
+        result = row.load()(tasks, np.asarray(weights, np.float32), **ranks)
+        return form.lift([result], frame, min(12, 4 * len(adapters)))
+
     merged = jm.merge(adapters, weights, method=method)
     for path, lora in merged.modules.items():
         loras = [adapter.modules[path] for adapter in adapters]
-        factors = Factors([x.a for x in loras], [x.b for x in loras], np.full(len(loras), 0.5, np.float32))
-
-        def by_the_space(factors):
-            (tasks,), frame = form.project(factors, 12)
-            ranks = {"ranks": (4,) * len(adapters)} if row.ranked else {}
-            result = row.load()(tasks, np.asarray(weights, np.float32), **ranks)
-            return form.lift([result], frame, min(12, 4 * len(adapters)))
-
-        lifted = jax.jit(by_the_space)(factors)
+        lifted = by_the_space(Factors([x.a for x in loras], [x.b for x in loras], np.full(len(loras), 0.5, np.float32)))
         assert relative_error(np.asarray(lifted.b, np.float64) @ np.asarray(lifted.a, np.float64), delta64(lora)) < 1e-4
 
 
