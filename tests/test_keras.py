@@ -192,6 +192,16 @@ def test_merged_lora_h5_is_loaded_by_the_real_backbone(tmp_path, backbone):
         base = kernel(backbone(), name)
         wanted = base + sum(w * (kernel(made, name) - base) for w, made in zip(WEIGHTS, sources, strict=True))
         assert relative_error(kernel(found, name), wanted) < 1e-4
+    # The recipe of such a file lies beside it, under its name.
+    each = (f"{{path: {i}.lora.h5, alpha: {RANK}, weight: {w}}}" for i, w in enumerate(WEIGHTS))
+    (tmp_path / "recipe.yaml").write_text(f"adapters: [{', '.join(each)}]")
+    for recipe, name in (("recipe.yaml", "one"), ("one.lora.recipe.yaml", "two")):
+        jm.save(jm.merge_recipe(tmp_path / recipe), tmp_path / f"{name}.lora.h5")
+    one, two, merged = (jm.load(tmp_path / f"{name}.lora.h5", alpha=2 * RANK) for name in ("one", "two", "merged"))
+    for path, lora in merged.modules.items():
+        for other in (one, two):
+            np.testing.assert_array_equal(other.modules[path].a, lora.a)
+            np.testing.assert_array_equal(other.modules[path].b, lora.b)
 
 
 def kernel(made, name):
