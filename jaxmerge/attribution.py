@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxmerge import lapack, metrics, threads
 from jaxmerge.base import Adapter, Energy, LoRA
-from jaxmerge.memory import release
 from jaxmerge.merging.checks import adapter_name, listing, raise_problems, shape_problems, value_problems
 from jaxmerge.sharding import seen_everywhere
 from jaxmerge.tables import Table, columns, html
@@ -163,8 +162,12 @@ def contributions(
     energy = jax.tree.map(seen_everywhere, dict(merged.energy))
     modules = {
         path: (
-            _on_host(lora),
-            {i: _on_host(adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules},
+            metrics.as_numpy(lora),
+            {
+                i: metrics.as_numpy(adapter.modules[path])
+                for i, adapter in enumerate(adapters)
+                if path in adapter.modules
+            },
         )
         for path, lora in merged.modules.items()
     }
@@ -216,28 +219,13 @@ class _Matrix(NamedTuple):
     spectrum: np.ndarray
 
 
-def _on_host(lora: LoRA) -> LoRA:
-    a, b, scale = (np.asarray(seen_everywhere(leaf)) for leaf in (lora.a, lora.b, lora.scale))
-    return LoRA(a, b, scale)
-
-
 def _measure(merged: LoRA, sources: Mapping[int, LoRA]) -> list[_Matrix]:
     matrices = [
-        _measure_matrix(_stack([merged], index), _stack(list(sources.values()), index), tuple(sources))
+        _measure_matrix(metrics.stack_at([merged], index), metrics.stack_at(sources.values(), index), tuple(sources))
         for index in np.ndindex(merged.batch)
     ]
-    for lora in (merged, *sources.values()):
-        release(lora.a)
-        release(lora.b)
+    metrics.give_back([merged, *sources.values()])
     return matrices
-
-
-def _stack(loras: Sequence[LoRA], index: tuple[int, ...]) -> metrics.Stack:
-    return metrics.stack(
-        [np.asarray(lora.a)[index] for lora in loras],
-        [np.asarray(lora.b)[index] for lora in loras],
-        [float(lora.scale) for lora in loras],
-    )
 
 
 def _measure_matrix(merged: metrics.Stack, stacked: metrics.Stack, sources: tuple[int, ...]) -> _Matrix:
@@ -245,20 +233,17 @@ def _measure_matrix(merged: metrics.Stack, stacked: metrics.Stack, sources: tupl
     along = (stacked.a @ merged.a.T) * (stacked.b @ merged.b.T)
     return _Matrix(
         sources,
-        np.add.reduceat(np.add.reduceat(inner, stacked.starts, axis=0), stacked.starts, axis=1),
+        stacked.block_sums(inner),
         np.add.reduceat(along.sum(axis=1), stacked.starts),
         metrics.squared_singular_values(merged.a @ merged.a.T, merged.b @ merged.b.T),
     )
 
 
 def _module_part(lora: LoRA, sources: tuple[int, ...], matrices: Sequence[_Matrix], energy: Energy | None) -> Part:
-    part = _part(matrices, sources, lora.rank, lora.features, energy)
-    if not lora.batch:
-        return part
-    each = len(matrices) // lora.batch[0]
-    layers = [matrices[i : i + each] for i in range(0, len(matrices), each)]
+    layers = metrics.by_layer(matrices, lora.batch)
     return dataclasses.replace(
-        part, layers=tuple(_part(layer, sources, lora.rank, lora.features, None) for layer in layers)
+        _part(matrices, sources, lora.rank, lora.features, energy),
+        layers=tuple(_part(layer, sources, lora.rank, lora.features, None) for layer in layers),
     )
 
 

@@ -6,13 +6,17 @@ which is what a QR in float32 holds, for a tenth of its time.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxmerge import lapack
 from jaxmerge.base import Adapter, LoRA, is_finite
+from jaxmerge.memory import release
+from jaxmerge.sharding import seen_everywhere
+
+T = TypeVar("T")
 
 # Entries of a matrix whose signs are looked at: a standard error of at most 0.6 %.
 SAMPLE = 2**13
@@ -120,6 +124,10 @@ class Stack(NamedTuple):
     b: np.ndarray
     starts: np.ndarray
 
+    def block_sums(self, products: np.ndarray) -> np.ndarray:
+        """The sums ``[n, n]`` of ``[R, R]`` numbers over the rows and columns of every two adapters."""
+        return np.add.reduceat(np.add.reduceat(products, self.starts, axis=0), self.starts, axis=1)
+
     @property
     def blocks(self) -> list[slice]:
         """Each adapter's rows."""
@@ -144,6 +152,35 @@ def stack(a: Sequence[np.ndarray], b: Sequence[np.ndarray], scales: Sequence[flo
         below_b[start:end] = factor.T
         below_b[start:end] *= scale
     return Stack(np.concatenate([factor.astype(np.float64) for factor in a]), below_b, starts)
+
+
+def stack_at(loras: Iterable[LoRA], index: tuple[int, ...]) -> Stack:
+    """The stack of one matrix of a module, by its index along the batch axes, in n adapters; arrays are NumPy's."""
+    loras = list(loras)
+    return stack(
+        [np.asarray(lora.a)[index] for lora in loras],
+        [np.asarray(lora.b)[index] for lora in loras],
+        [float(lora.scale) for lora in loras],
+    )
+
+
+def as_numpy(lora: LoRA) -> LoRA:
+    """A module's factors as NumPy has them, also of arrays that are spread over processes. Calls JAX."""
+    a, b, scale = (np.asarray(seen_everywhere(leaf)) for leaf in (lora.a, lora.b, lora.scale))
+    return LoRA(a, b, scale)
+
+
+def give_back(loras: Iterable[LoRA]) -> None:
+    """Gives back the memory of mapped factors that have been looked at."""
+    for lora in loras:
+        release(lora.a)
+        release(lora.b)
+
+
+def by_layer(matrices: Sequence[T], batch: tuple[int, ...]) -> list[Sequence[T]]:
+    """What was found of each matrix of a module, by the index on its first batch axis; empty where it has none."""
+    each = len(matrices) // batch[0] if batch else 0
+    return [matrices[i : i + each] for i in range(0, len(matrices), each)] if batch else []
 
 
 class Subspaces(NamedTuple):

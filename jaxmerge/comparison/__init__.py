@@ -12,7 +12,6 @@ from jaxmerge import lapack, metrics, threads
 from jaxmerge.base import Adapter, LoRA
 from jaxmerge.comparison.records import Comparison, Pair, Record
 from jaxmerge.io import combine_metadata
-from jaxmerge.memory import release
 from jaxmerge.merging.checks import (
     Weights,
     adapter_name,
@@ -24,7 +23,6 @@ from jaxmerge.merging.checks import (
     shape_problems,
     value_problems,
 )
-from jaxmerge.sharding import seen_everywhere
 from jaxmerge.values import at
 
 __all__ = ["Comparison", "Pair", "Record", "compare", "comparison_problems"]
@@ -65,7 +63,9 @@ def compare(
     numbers = tuple(map(_as_numbers, numbers))
     # JAX is called here, not in the threads.
     modules = {
-        path: {i: _on_host(adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules}
+        path: {
+            i: metrics.as_numpy(adapter.modules[path]) for i, adapter in enumerate(adapters) if path in adapter.modules
+        }
         for path in all_paths(adapters)
     }
     done = itertools.count(1)
@@ -121,26 +121,15 @@ def _as_numbers(weight: Any) -> float | dict[str, float]:
     return float(np.asarray(weight))
 
 
-def _on_host(lora: LoRA) -> LoRA:
-    a, b, scale = (np.asarray(seen_everywhere(leaf)) for leaf in (lora.a, lora.b, lora.scale))
-    return LoRA(a, b, float(scale))
-
-
 def _measure(path: str, loras: Mapping[int, LoRA], weights: Sequence[Any]) -> list[_Matrix]:
     first, own = next(iter(loras.values())), tuple(at(weights[i], path) for i in loras)
     matrices = []
     for number, index in enumerate(np.ndindex(first.batch)):
-        stacked = metrics.stack(
-            [np.asarray(lora.a)[index] for lora in loras.values()],
-            [np.asarray(lora.b)[index] for lora in loras.values()],
-            [float(lora.scale) for lora in loras.values()],
-        )
+        stacked = metrics.stack_at(loras.values(), index)
         # A seed for every matrix, so that errors are independent and the order of modules does not matter.
         seed = zlib.crc32(f"{path} {number}".encode())
         matrices.append(_measure_matrix(stacked, tuple(loras), own, seed))
-    for lora in loras.values():
-        release(lora.a)
-        release(lora.b)
+    metrics.give_back(loras.values())
     return matrices
 
 
@@ -156,7 +145,7 @@ def _measure_matrix(stacked: metrics.Stack, sources: tuple[int, ...], weights: t
         sources,
         weights,
         a.shape[1] * b.shape[1],
-        np.add.reduceat(np.add.reduceat(gram_a * gram_b, stacked.starts, axis=0), stacked.starts, axis=1),
+        stacked.block_sums(gram_a * gram_b),
         {i: metrics.squared_singular_values(gram_a[at, at], gram_b[at, at]) for i, at in blocks.items()},
         _sum_spectrum(stacked, gram_a, gram_b, weights),
         dict(zip(pairs, betweens, strict=True)),
@@ -179,12 +168,11 @@ def _sum_spectrum(
 
 def _module_record(loras: Mapping[int, LoRA], matrices: Sequence[_Matrix]) -> Record:
     ranks, first = {i: lora.rank for i, lora in loras.items()}, next(iter(loras.values()))
-    record = _record(matrices, ranks, first.features)
-    if not first.batch:
-        return record
-    each = len(matrices) // first.batch[0]
-    layers = [matrices[i : i + each] for i in range(0, len(matrices), each)]
-    return dataclasses.replace(record, layers=tuple(_record(layer, ranks, first.features) for layer in layers))
+    layers = metrics.by_layer(matrices, first.batch)
+    return dataclasses.replace(
+        _record(matrices, ranks, first.features),
+        layers=tuple(_record(layer, ranks, first.features) for layer in layers),
+    )
 
 
 def _record(matrices: Sequence[_Matrix], ranks: Mapping[int, int], features: tuple[int, int] | None) -> Record:
