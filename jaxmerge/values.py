@@ -1,6 +1,6 @@
 """Values that may differ between modules: one for all of them, or a mapping from module path to each one's own."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,28 +27,6 @@ def each(value: Any) -> Iterator[Any]:
         yield value
 
 
-def coverage_problems(name: str, value: Any, paths: Iterable[str], listing: Any) -> list[str]:
-    """Modules that a mapping leaves out, and names in it that no module has.
-
-    Args:
-        name: What errors call the value.
-        value: One for all modules, or a mapping.
-        paths: The modules.
-        listing: Names in a row, as text.
-
-    Returns:
-        Problems, a line each.
-    """
-    if not isinstance(value, Mapping):
-        return []
-    paths = list(paths)
-    missing, unknown = [path for path in paths if path not in value], sorted(set(value) - set(paths))
-    return [
-        *([f"{name} says nothing of {listing(missing)}"] if missing else []),
-        *([f"{name} is given for modules that there are none of: {listing(unknown)}"] if unknown else []),
-    ]
-
-
 def described(value: Any) -> str:
     """A value in a few characters: a number, numbers per adapter, or the span of those of all modules.
 
@@ -66,14 +44,27 @@ def described(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def settings(record: Mapping[str, Any]) -> list[str]:
+def settings(record: Mapping[str, Any], full: bool = False) -> list[str]:
     """How a merge is made, in a few words each.
 
     Args:
-        record: With the merge's ``method``, ``space``, ``hyperparameters`` and ``stages``, and the rule by which it was
-            ``truncated``, if it was.
+        record: With the merge's ``method``, ``space``, ``hyperparameters`` and what `stages` takes.
+        full: Whether its ``combination_type`` and its ``seed`` are told too, where it has one.
     """
     given = {"method": record["method"], "space": record["space"], **record["hyperparameters"]}
-    done = [*record["stages"], *([("cut", record["truncated"])] if "truncated" in record else [])]
-    stages = [[name, *(f"{key} {described(value)}" for key, value in own.items())] for name, own in done]
-    return [*(f"{name} {described(value)}" for name, value in given.items()), *(f"then {' '.join(s)}" for s in stages)]
+    if full and record.get("combination_type"):
+        given = {"combination_type": record["combination_type"], **given}
+    if full and record.get("seed") is not None:
+        given["seed"] = record["seed"]
+    return [*(f"{name} {described(value)}" for name, value in given.items()), *stages(record)]
+
+
+def stages(record: Mapping[str, Any]) -> list[str]:
+    """What is done to a merge once it is made, in a few words each.
+
+    Args:
+        record: With the merge's ``stages``, and the rule by which it was ``truncated``, if it was.
+    """
+    done = [*record.get("stages", []), *([("cut", record["truncated"])] if "truncated" in record else [])]
+    words = [[name, *(f"{key} {described(value)}" for key, value in own.items())] for name, own in done]
+    return [f"then {' '.join(stage)}" for stage in words]

@@ -11,6 +11,7 @@ from jaxmerge.catalog.rows import OF_PRUNING, CombinationType, Hyperparameter, M
 
 __all__ = [
     "COMBINATION_TYPES",
+    "DTYPES",
     "FORMATS",
     "METHODS",
     "OF_PRUNING",
@@ -34,6 +35,9 @@ COMBINATION_TYPES: Mapping[str, CombinationType] = Rows(combination_types.COMBIN
 
 # What adapters can be written as, whatever they came as.
 FORMATS = ("peft", "tunix", "maxtext", "maxtext-unscanned", "qwix", "nnx", "gemma", "openpi", "keras")
+
+# What results can be of.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Of a merge, without data: see `jaxmerge.scores`.
 SCORES = ("energy_kept", "worst_cosine", "norm")

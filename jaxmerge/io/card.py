@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmerge.values import described
+from jaxmerge.values import described, settings
 
 
 def model_card(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -53,11 +53,6 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         return _resized(of, record)
     if "inputs" not in record:
         return ["# LoRA adapter", "", f"A LoRA adapter{of}, written by jaxmerge."]
-    settings = {"method": record["method"], "space": record["space"], **record["hyperparameters"]}
-    if record.get("combination_type"):
-        settings = {"combination_type": record["combination_type"], **settings}
-    if record.get("seed") is not None:
-        settings["seed"] = record["seed"]
     rows = [
         f"| `{called(source)}` | {described(weight)} | {_hash(source)} |"
         for source, weight in zip(record["inputs"], record["weights"], strict=True)
@@ -66,7 +61,7 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         "# Merged LoRA adapter",
         "",
         f"A LoRA adapter{of}, merged from {len(rows)} with jaxmerge: "
-        + ", ".join([*(f"{name} {described(value)}" for name, value in settings.items()), *_stages(record)])
+        + ", ".join(settings(record, full=True))
         + f". Rank {config['r']}; {100 * record['energy_kept']:.4g} % of the merge's energy (squared Frobenius "
         "norm) is kept.",
         "",
@@ -75,13 +70,6 @@ def _body(base: str | None, config: Mapping[str, Any], record: Mapping[str, Any]
         *rows,
         "",
         "`jaxmerge.json` holds everything needed to make it again.",
-    ]
-
-
-def _stages(record: Mapping[str, Any]) -> list[str]:
-    stages = [*record.get("stages", []), *([["cut", record["truncated"]]] if "truncated" in record else [])]
-    return [
-        " ".join(["then", name, *(f"{key} {described(value)}" for key, value in own.items())]) for name, own in stages
     ]
 
 

@@ -12,12 +12,10 @@ from jax.typing import ArrayLike
 
 from jaxmerge import threads
 from jaxmerge.base import Adapter, Array, LoRA, has_values, nonfinite_modules
-from jaxmerge.catalog import COMBINATION_TYPES, METHODS, SPACES, STAGES, Hyperparameter
+from jaxmerge.catalog import COMBINATION_TYPES, DTYPES, METHODS, SPACES, STAGES, Hyperparameter
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
-from jaxmerge.values import coverage_problems, each
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+from jaxmerge.values import each
 
 Weights = Sequence[ArrayLike | Mapping[str, ArrayLike]] | Array | None
 
@@ -231,8 +229,8 @@ def checked_dtype(dtype: Any, problems: list[str]) -> str | None:
         name = str(jnp.dtype(dtype))
     except TypeError:
         name = repr(dtype)
-    if name not in _DTYPES:
-        problems.append(f"dtype {name} is not one of {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        problems.append(f"dtype {name} is not one of {', '.join(DTYPES)}")
         return None
     return name
 
@@ -242,10 +240,31 @@ def module_problems(adapters: Sequence[Adapter], weights: Sequence[Any], others:
     problems = [
         problem
         for i, (weight, adapter) in enumerate(zip(weights, adapters, strict=True))
-        for problem in coverage_problems(f"the weight of {adapter_name(adapters, i)}", weight, adapter.modules, listing)
+        for problem in coverage_problems(f"the weight of {adapter_name(adapters, i)}", weight, adapter.modules)
     ]
     paths = all_paths(adapters)
-    return problems + [p for name, value in others.items() for p in coverage_problems(name, value, paths, listing)]
+    return problems + [p for name, value in others.items() for p in coverage_problems(name, value, paths)]
+
+
+def coverage_problems(name: str, value: Any, paths: Iterable[str]) -> list[str]:
+    """Modules that a mapping leaves out, and names in it that no module has.
+
+    Args:
+        name: What errors call the value.
+        value: One for all modules, or a mapping.
+        paths: The modules.
+
+    Returns:
+        Problems, a line each.
+    """
+    if not isinstance(value, Mapping):
+        return []
+    paths = list(paths)
+    missing, unknown = [path for path in paths if path not in value], sorted(set(value) - set(paths))
+    return [
+        *([f"{name} says nothing of {listing(missing)}"] if missing else []),
+        *([f"{name} is given for modules that there are none of: {listing(unknown)}"] if unknown else []),
+    ]
 
 
 def key_problems(method: str, key: Any) -> list[str]:

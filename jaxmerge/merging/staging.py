@@ -18,12 +18,18 @@ from jaxmerge.catalog import STAGES
 from jaxmerge.io.peft.keys import outer_module
 from jaxmerge.lowrank import squared_norm, truncate
 from jaxmerge.memory import release
-from jaxmerge.merging.checks import all_paths, hyperparameter_problem, listing, one_of_problems
+from jaxmerge.merging.checks import (
+    all_paths,
+    coverage_problems,
+    hyperparameter_problem,
+    listing,
+    one_of_problems,
+)
 from jaxmerge.sharding import laid_out, placement, seen_everywhere
 from jaxmerge.spaces import Factors, Lifted
 from jaxmerge.spaces.pipe import nothing_lost
 from jaxmerge.sparsify import round_to
-from jaxmerge.values import coverage_problems
+from jaxmerge.values import at
 
 # A name in `STAGES`, alone or with its hyperparameters.
 StageLike = str | tuple[str, Mapping[str, Any]]
@@ -74,7 +80,7 @@ class Staging:
         """The numbers of the stages of modules, ``[L]`` each."""
 
         def along(value: Any) -> Any:
-            values = [value[path] if isinstance(value, Mapping) else value for path in paths]
+            values = [at(value, path) for path in paths]
             if any(isinstance(one, jax.Array) for one in values):
                 return jnp.stack([jnp.asarray(one, dtype) for one in values])
             return np.asarray(values, dtype)
@@ -106,7 +112,7 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
         problems += [
             problem
             for other, value in own.items()
-            for problem in coverage_problems(f"{other} of stage {name}", value, all_paths(adapters), listing)
+            for problem in coverage_problems(f"{other} of stage {name}", value, all_paths(adapters))
         ]
         if name == "lines":
             if varying := [other for other, value in own.items() if isinstance(value, Mapping)]:

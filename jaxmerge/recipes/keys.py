@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxmerge.catalog import (
     COMBINATION_TYPES,
+    DTYPES,
     FORMATS,
     METHODS,
     SPACES,
@@ -16,8 +17,6 @@ from jaxmerge.catalog import (
     all_hyperparameters,
 )
 from jaxmerge.recipes.places import unknown
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Of what is written. A recipe inside of another writes nothing.
 WRITING = ("format", "layout", "head_dim", "layers")

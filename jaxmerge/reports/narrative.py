@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge.attribution import Contributions
 from jaxmerge.catalog import all_hyperparameters
 from jaxmerge.comparison import Comparison, Pair
-from jaxmerge.values import described
+from jaxmerge.values import described, stages
 from jaxmerge.words import percent, span
 
 if TYPE_CHECKING:
@@ -45,11 +45,7 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     ]
     if "rank" in settings:
         parts.append(f"rank {described(settings['rank'])}")
-    for name, own in [
-        *settings.get("stages", []),
-        *([["cut", settings["truncated"]]] if "truncated" in settings else []),
-    ]:
-        parts.append(" ".join(["then", name, *(f"{key} {described(value)}" for key, value in own.items())]))
+    parts += stages(settings)
     if "seed" in settings:
         parts.append(f"seed {settings['seed']}")
     return ", ".join(parts)

@@ -7,12 +7,12 @@ from typing import Any
 from jaxmerge.catalog import all_hyperparameters
 from jaxmerge.cli.groups import conversion, reading, rules
 from jaxmerge.io.peft.folder import CONFIG
+from jaxmerge.recipes import keys
 from jaxmerge.recipes.model import Recipe, Source, Stage
 from jaxmerge.recipes.places import Problem
 from jaxmerge.recipes.reading import read_file
 
-# Options that say how to merge, or what is written, under other names than the flags have.
-_READING = ("alpha", "scan_axis", "item", "tree", "pattern")
+# Options that say how to merge, beside those that are told by name below.
 _OTHERS = ("density_scope", "dtype", "extras", "allow_different_bases")
 
 
@@ -59,7 +59,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     """Every option that a recipe has a key for."""
-    names = ("method", "space", "combination_type", "weights", "seed", "stages", *_OTHERS, *_READING)
+    names = ("method", "space", "combination_type", "weights", "seed", "stages", *_OTHERS, *keys.READING)
     given = {name: getattr(options, name) for name in names}
     return given | rules(options) | conversion(options) | _hyperparameters(options)
 
@@ -76,4 +76,4 @@ def _reading(options: argparse.Namespace, i: int, n: int, faults: list[Problem])
         faults.append(Problem("", 0, str(error)))
         return {}
     found["tree"] = found.pop("layout")
-    return {name: found[name] for name in _READING if found[name] is not None}
+    return {name: found[name] for name in keys.READING if found[name] is not None}

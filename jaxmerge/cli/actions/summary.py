@@ -14,7 +14,7 @@ from jaxmerge.io.card import called
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.metrics import energy_at_rank, spectra
 from jaxmerge.recipes.model import Recipe
-from jaxmerge.values import described
+from jaxmerge.values import described, settings
 from jaxmerge.words import kept_span, pattern, percent, span
 
 
@@ -116,16 +116,7 @@ def _sum_of_ranks(adapters: list[Adapter], merged: Adapter, rank: int) -> str:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Prints a summary for people."""
-    settings = {"method": summary["method"], "space": summary["space"], **summary["hyperparameters"]}
-    if summary["combination_type"]:
-        settings = {"combination_type": summary["combination_type"], **settings}
-    if summary["seed"] is not None:
-        settings["seed"] = summary["seed"]
-    words = [f"{name} {described(value)}" for name, value in settings.items()]
-    words += [
-        f"then {' '.join([name, *(f'{k} {described(v)}' for k, v in own.items())])}" for name, own in summary["stages"]
-    ]
-    out.print(f"[bold]{escape(summary['output'])}[/bold]  " + escape(", ".join(words)))
+    out.print(f"[bold]{escape(summary['output'])}[/bold]  " + escape(", ".join(settings(summary, full=True))))
     out.print()
     inputs = [
         (i + 1, called(source), described(source["weight"]), span(source["ranks"]), source.get("sha256", "")[:12])

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxmerge import dense, lapack, spaces
-from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision
+from jaxmerge.base import Adapter, Array, Energy, LoRA, has_values, on_host, precision, restricted
 from jaxmerge.memory import release
 from jaxmerge.merging.checks import all_paths
 from jaxmerge.merging.scope import DensityScope, as_cuts, count_reaching, model_thresholds
@@ -136,10 +136,7 @@ class Plan:
             return self
         kept = set(paths)
         buckets = {key: [path for path in own if path in kept] for key, own in self.buckets.items()}
-        adapters = [
-            dataclasses.replace(one, modules={path: lora for path, lora in one.modules.items() if path in kept})
-            for one in self.adapters
-        ]
+        adapters = [restricted(adapter, kept) for adapter in self.adapters]
         return dataclasses.replace(self, buckets={key: own for key, own in buckets.items() if own}, adapters=adapters)
 
     def _lie_on_host(self, present: Sequence[int], paths: Sequence[str]) -> bool:

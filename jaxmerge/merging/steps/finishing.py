@@ -28,7 +28,7 @@ def after_all_modules(
     for stage, numbers in zip(staging.stages[done:], staging.numbers[done:], strict=True):
         factors = _restoring(setting, adapters, modules) if stage.whole else numbers["factor"]
         for path in paths:
-            factor = factors[path] if isinstance(factors, Mapping) else factors
+            factor = at(factors, path)
             modules[path] = scaled(modules[path], factor)
             energy[path] = jax.tree.map(lambda x, f=factor: x * jnp.asarray(f, x.dtype) ** 2, energy[path])
     return modules, energy

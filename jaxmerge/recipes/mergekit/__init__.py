@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxmerge.recipes.keys import DTYPES
+from jaxmerge.catalog import DTYPES
 from jaxmerge.recipes.mergekit.methods import ARC, DRAWS, ELSEWHERE, METHODS, WANTED, Method
 from jaxmerge.recipes.model import UNREAD, Gradient, Recipe, Rule, Rules, Source, Stage, Value
 from jaxmerge.recipes.nodes import Node
