@@ -9,10 +9,11 @@ Legend of shapes, used in every docstring:
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxmerge.tables import Table, columns, html
 from jaxmerge.values import described, settings
-from jaxmerge.words import kept_span, pattern, percent, span
+from jaxmerge.words import by, kept_span, pattern, percent, span
 
 Array = jax.Array
 # What adapters hold: read from a file it stays on the host until it is merged.
@@ -66,7 +67,7 @@ class LoRA:
     @property
     def size(self) -> str:
         """The shape of the weight change, in a few characters."""
-        return "×".join(map(str, (*self.batch, *self.features)))
+        return by(*self.batch, *self.features)
 
     @property
     def has_shape(self) -> bool:
@@ -82,7 +83,7 @@ class LoRA:
         if not self.has_shape:
             return html("LoRA", [repr(self)])
         leaves = {"A": self.a, "B": self.b} | ({} if self.bias is None else {"bias": self.bias})
-        rows = [(name, "×".join(map(str, leaf.shape)), leaf.dtype) for name, leaf in leaves.items()]
+        rows = [(name, by(*leaf.shape), leaf.dtype) for name, leaf in leaves.items()]
         scale = [f"scale {float(np.asarray(self.scale)):.4g}"] if is_number(self.scale) else []
         about = [self.size, f"rank {self.rank}", *scale]
         return html("LoRA", about, Table(columns(["", "shape", "dtype"], []), rows))
@@ -184,6 +185,12 @@ class Adapter:
         ]
         extras = f"not LoRA factors: {', '.join(self.extras)}" if self.extras else ""
         return html(self.metadata.name or "Adapter", about, *_made_of(record), *_kinds(self), extras)
+
+
+def restricted(adapter: Adapter, paths: Container[str]) -> Adapter:
+    """The adapter with those of its modules whose path is among some."""
+    modules = {path: lora for path, lora in adapter.modules.items() if path in paths}
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:

@@ -12,7 +12,7 @@ from jaxmerge.base import Adapter, nonfinite_modules
 from jaxmerge.inspection import conversion_remark
 from jaxmerge.layouts import Conversion
 from jaxmerge.tables import Table, columns, html
-from jaxmerge.words import pattern, span
+from jaxmerge.words import by, pattern, span
 
 
 class Written(NamedTuple):
@@ -74,9 +74,7 @@ class Converted:
 
     def table(self) -> Table:
         """The modules by their kind: those of all layers together."""
-        kinds = Counter(
-            (pattern(path), "×".join(map(str, (*m.batch, *m.features))), m.rank) for path, m in self.modules.items()
-        )
+        kinds = Counter((pattern(path), by(*m.batch, *m.features), m.rank) for path, m in self.modules.items())
         return Table(columns(["module"], ["out×in", "rank", "count"]), [(*kind, n) for kind, n in kinds.items()])
 
     @property

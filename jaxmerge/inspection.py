@@ -16,7 +16,7 @@ from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.io.trees import MissingAlphaError
 from jaxmerge.metrics import norms
 from jaxmerge.tables import Table, columns, html
-from jaxmerge.words import counted, pattern, span
+from jaxmerge.words import by, counted, pattern, span
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Module:
     @property
     def size(self) -> str:
         """Its shape, in a few characters."""
-        return "".join(f"{size}×" for size in self.batch) + "×".join(map(str, self.features))
+        return by(*self.batch, *self.features)
 
 
 class Tensor(NamedTuple):

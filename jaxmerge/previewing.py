@@ -20,7 +20,7 @@ from jaxmerge.merging.stacks import Bucket, Program
 from jaxmerge.merging.steps import Plan
 from jaxmerge.tables import Table, html
 from jaxmerge.values import described, settings
-from jaxmerge.words import duration, pattern, size, span
+from jaxmerge.words import by, duration, pattern, size, span
 
 # What two cores of a server of 2023 do with the programs of this package, measured with ``scripts/bench``: products of
 # float32 in the passes over dense deltas, QRs of tall factors, and seconds for a gigabyte of entries by the pruning.
@@ -141,7 +141,7 @@ class Preview:
         for group in self.groups:
             everyone = len(group.sources) == len(self.adapters)
             sources = "all" if everyone else ", ".join(str(i + 1) for i in group.sources)
-            shape, ranks = "×".join(map(str, (*group.batch, *group.features))), ", ".join(map(str, group.ranks))
+            shape, ranks = by(*group.batch, *group.features), ", ".join(map(str, group.ranks))
             kinds.update((pattern(path), shape, ranks, sources, group.rank, group.dtype) for path in group.paths)
         headings = [("module", "left"), ("out×in", "right"), ("ranks", "left"), ("from", "left"), ("rank", "right"),
                     ("dtype", "left"), ("count", "right")]  # fmt: skip
@@ -297,17 +297,18 @@ def _warnings(plan: Plan, groups: Sequence[Group], record: Mapping[str, Any], cu
     zero = [name for name, weight in zip(names, record["weights"], strict=True) if weight == 0]
     if zero and not (method.averages and not method.linear):
         found.append(f"of weight 0: {', '.join(zero)}")
-    ranks = Counter(group.rank for group in groups for _ in group.paths)
+    ranks = {group.rank for group in groups}
     if len(ranks) > 1:
         found.append(f"ranks differ between modules: {span(ranks)}")
     if max(ranks, default=0) > _SERVED and not cut_later:
         found.append(
             f"rank {max(ranks)} is more than vLLM serves by default: set max_lora_rank there, or a smaller rank here"
         )
-    varying = {
-        name: described(value) for name, value in record["hyperparameters"].items() if isinstance(value, Mapping)
-    }
-    found += [f"{name} differs between modules: {value}" for name, value in varying.items()]
+    found += [
+        f"{name} differs between modules: {described(value)}"
+        for name, value in record["hyperparameters"].items()
+        if isinstance(value, Mapping)
+    ]
     some = [name for name in plan.rest.extras if not all(name in adapter.extras for adapter in plan.adapters)]
     if some:
         found.append(f"only some adapters hold: {listing(some, 3)}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmerge import io
 from jaxmerge.attribution import contributions
-from jaxmerge.base import Adapter, LoRA, promote
+from jaxmerge.base import Adapter, LoRA, restricted
 from jaxmerge.catalog import METHODS
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.io.records import read_record, recipe_beside
@@ -71,8 +71,8 @@ class Verification:
         path: The adapter.
         status: ``"same"``, made again to the bit; ``"close"``, to rounding; ``"different"``; or ``"unknown"`` where it
             could not be made again.
-        method: A name in `METHODS`; empty where that is not known.
-        space: A name in `SPACES`; empty where that is not known.
+        method: A name in `METHODS`.
+        space: A name in `SPACES`.
         modules: How many there are.
         sampled: Those that were made again.
         error: The largest relative difference of a weight change, in the Frobenius norm; None where nothing was made.
@@ -119,7 +119,7 @@ class Verification:
         return f"Verification({', '.join([self.path, *self.facts, *problems])})"
 
     def _repr_html_(self) -> str:
-        cell = f"method {self.method}, space {self.space}" if self.method else ""
+        cell = f"method {self.method}, space {self.space}"
         return html(self.path, self.facts, cell, self.table(), *self.problems)
 
 
@@ -221,22 +221,14 @@ def _compared(
 
 def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[str, Any]) -> list[Presence]:
     """How much of each adapter the sampled modules hold."""
-    kept = set(paths)
-
-    def part(adapter: Adapter) -> Adapter:
-        some = {path: lora for path, lora in adapter.modules.items() if path in kept}
-        return dataclasses.replace(adapter, modules=some)
-
-    sources = [part(adapter) for adapter in plan.adapters]
+    kept, sums, made = set(paths), METHODS[record["method"]].linear, []
+    sources = [restricted(adapter, kept) for adapter in plan.adapters]
     has = [i for i, source in enumerate(sources) if source.modules]
-    shares = dict.fromkeys(range(len(sources)))
-    measured = contributions(dataclasses.replace(part(found), energy={}), [sources[i] for i in has])
-    shares |= {has[share.adapter]: share for share in measured.total.shares}
-    made = []
+    measured = contributions(restricted(found, kept), [sources[i] for i in has])
+    shares = {has[share.adapter]: share for share in measured.total.shares}
     for i, (adapter, weight) in enumerate(zip(plan.adapters, record["weights"], strict=True)):
-        share = shares[i]
+        share = shares.get(i)
         fit, projection = (None, None) if share is None else (share.fit, share.projection)
-        sums = METHODS[record["method"]].linear
         wanted = _smallest(weight) if sums else _ABSENT
         # Of a sum the fit is the weight; a projection also has what the others have in common with the adapter.
         sizes = [fit] if sums else [fit, projection]
@@ -254,10 +246,9 @@ def _smallest(weight: Any) -> float:
 
 def _difference(made: LoRA, found: LoRA) -> float:
     """How far two weight changes are apart, by the norm of the first; inf where that is 0 and the second is not."""
-    dtype = promote(made.a.dtype, found.a.dtype, np.float64)
 
     def flat(leaf: Any) -> np.ndarray:
-        return np.asarray(leaf).astype(dtype).reshape(-1, *leaf.shape[-2:])
+        return np.asarray(leaf).astype(np.float64).reshape(-1, *leaf.shape[-2:])
 
     a, b = flat(made.a), flat(made.b) * float(np.asarray(made.scale))
     other_a, other_b = flat(found.a), flat(found.b) * float(np.asarray(found.scale))

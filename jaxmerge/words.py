@@ -31,6 +31,11 @@ def span(values: Iterable[float], digits: int = 4) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
 
 
+def by(*sizes: int) -> str:
+    """The sizes of axes, as in ``4096×1024``."""
+    return "×".join(map(str, sizes))
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

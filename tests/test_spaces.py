@@ -265,6 +265,19 @@ def tasks64(source, space):
     return {name: [a, b] if space == "factors" else [0.5 * b @ a] for name, (a, b) in loras.items()}
 
 
+def assert_sum_of(merged, left, weights, space):
+    """A merge is the weighted sum of what is left of each adapter's tasks, module by module."""
+    for name in MODULES:
+        there = [(w, parts[name]) for w, parts in zip(weights, left, strict=True) if name in parts]
+        if space == "full":
+            expected = sum(weight * parts[0] for weight, parts in there)
+        else:
+            root = [np.sqrt(0.5 * weight) for weight, _ in there]
+            a, b = (sum(r * parts[i] for r, (_, parts) in zip(root, there, strict=True)) for i in range(2))
+            expected = b @ a
+        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+
+
 @pytest.mark.parametrize("space", ["full", "factors"])
 @pytest.mark.parametrize("density", [0.25, 0.45, 1.0])
 def test_a_density_of_the_whole_model(space, density):
@@ -279,15 +292,7 @@ def test_a_density_of_the_whole_model(space, density):
         entries = np.sort(np.abs(np.concatenate([x.ravel() for parts in tasks.values() for x in parts])))[::-1]
         threshold = entries[int(density * entries.size) - 1] * (1 - 1e-6)
         kept.append({name: [np.where(np.abs(x) >= threshold, x, 0) for x in parts] for name, parts in tasks.items()})
-    for name in MODULES:
-        there = [(w, parts[name]) for w, parts in zip([1.0, 0.5, 2.0], kept, strict=True) if name in parts]
-        if space == "full":
-            expected = sum(weight * parts[0] for weight, parts in there)
-        else:
-            root = [np.sqrt(0.5 * weight) for weight, _ in there]
-            a, b = (sum(r * parts[i] for r, (_, parts) in zip(root, there, strict=True)) for i in range(2))
-            expected = b @ a
-        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+    assert_sum_of(merged, kept, [1.0, 0.5, 2.0], space)
     apart = relative_error(delta64(by_module.modules["q"]), delta64(merged.modules["q"]))
     assert (apart < 1e-5) if density == 1 else (apart > 0.05)
 
@@ -319,15 +324,7 @@ def test_outliers_of_the_whole_model(space, density, gamma):
     by_module = jm.merge(sources, weights, **arguments)
     fractions = zip(sources, np.broadcast_to(density, 3), np.broadcast_to(gamma, 3), strict=True)
     left = [crumbs_of_the_whole(source, space, *own) for source, *own in fractions]
-    for name in MODULES:
-        there = [(w, parts[name]) for w, parts in zip(weights, left, strict=True) if name in parts]
-        if space == "full":
-            expected = sum(weight * parts[0] for weight, parts in there)
-        else:
-            root = [np.sqrt(0.5 * weight) for weight, _ in there]
-            a, b = (sum(r * parts[i] for r, (_, parts) in zip(root, there, strict=True)) for i in range(2))
-            expected = b @ a
-        assert relative_error(delta64(merged.modules[name]), expected) < 1e-5
+    assert_sum_of(merged, left, weights, space)
     apart = relative_error(delta64(by_module.modules["q"]), delta64(merged.modules["q"]))
     assert (apart < 1e-5) if density == 1 else (apart > 0.05)
 

@@ -127,12 +127,17 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
             for key, array in factors.items():
                 file[f"lora/{name}/vars/{key}"] = np.asarray(array)
         file.attrs["jaxmerge"] = json.dumps(record)
-    beside = path.with_suffix(f".{RECIPE}")
+    beside = recipe_beside(path)
     if recipe is not None:
         atomic.check_file_target(beside, force)
     atomic.write_file(path, buffer.getvalue(), force=force)
     if recipe is not None:
         atomic.write_file(beside, recipe, force=force)
+
+
+def recipe_beside(path: Path) -> Path:
+    """Where the recipe of a ``.lora.h5`` file lies."""
+    return path.with_suffix(f".{RECIPE}")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -39,5 +39,5 @@ def _of_folder(file: Path) -> dict[str, Any] | None:
 
 def recipe_beside(path: Path) -> Path | None:
     """The recipe that an adapter was made with, if it lies beside it."""
-    beside = path.with_suffix(f".{RECIPE}") if path.name.endswith(keras.SUFFIX) else path / RECIPE
+    beside = keras.recipe_beside(path) if path.name.endswith(keras.SUFFIX) else path / RECIPE
     return beside if beside.is_file() else None

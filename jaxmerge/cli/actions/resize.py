@@ -14,7 +14,7 @@ from jaxmerge.cli.console import out, report, report_error, table, working
 from jaxmerge.cli.groups import conversion, rules
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.resizing import resize, rule_of
-from jaxmerge.words import kept_span, pattern, percent, span
+from jaxmerge.words import by, kept_span, pattern, percent, span
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,8 +80,8 @@ def _print(summary: dict[str, Any]) -> None:
     out.print()
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for path, module in summary["modules"].items():
-        batch = "".join(f"{size}×" for size in module["batch"])
-        groups[pattern(path), f"{batch}{module['out']}×{module['in']}", module["rank_before"]].append(module)
+        size = by(*module["batch"], module["out"], module["in"])
+        groups[pattern(path), size, module["rank_before"]].append(module)
     rows = [
         (*group, span([m["rank"] for m in members]), len(members), kept_span([m["energy_kept"] for m in members]))
         for group, members in groups.items()
