@@ -9,7 +9,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # process of a parallel run on all of them.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,6 +26,17 @@ LINEARS = ["first", "second", "third"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Where a plugin of pytest has imported NumPy already.
 threadpoolctl.threadpool_limits(1, user_api="blas")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file() -> Iterator[None]:
+    """Frees what a file has compiled.
+
+    A program holds several memory maps, of which Linux gives a process 65,530: a worker that keeps those of all tests
+    ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
