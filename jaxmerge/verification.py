@@ -1,6 +1,7 @@
 """`verify`: whether a merged adapter is what its record says, and whether each adapter is really in it."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Verification:
         method: A name in `METHODS`.
         space: A name in `SPACES`.
         modules: How many there are.
+        intact: Whether the weights have the hash that was written down with them; None where there is none.
         sampled: Those that were made again.
         error: The largest relative difference of a weight change, in the Frobenius norm; None where nothing was made.
         adapters: What it was merged from.
@@ -85,6 +87,7 @@ class Verification:
     method: str
     space: str
     modules: int
+    intact: bool | None
     sampled: tuple[str, ...]
     error: float | None
     adapters: tuple[Presence, ...]
@@ -103,7 +106,9 @@ class Verification:
     def facts(self) -> list[str]:
         """What was found, in a few words each."""
         sampled = [f"{len(self.sampled)} of {self.modules} modules"] if self.sampled else []
-        return [_STATUS[self.status], *sampled, *([f"at most {100 * self.error:.2g} % off"] if self.error else [])]
+        error = [f"at most {100 * self.error:.2g} % off"] if self.error else []
+        intact = ["all weights as they were written"] if self.intact else []
+        return [_STATUS[self.status], *sampled, *error, *intact]
 
     def table(self) -> Table:
         """The adapters, and how much of each is in the result."""
@@ -130,8 +135,9 @@ def _number(value: float | None) -> str:
 def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Verification:
     """Makes a sample of a merged adapter again, from the files that its record names, and compares.
 
-    The hashes of those files are checked. The result has to be there with its record, ``jaxmerge.json`` or what stands
-    for it in other formats, and with the recipe that it was made with, if there was one.
+    The hashes of those files are checked, and that of the adapter's own weights: so what is not in the sample is what
+    was written with the rest. The result has to be there with its record, ``jaxmerge.json`` or what stands for it in
+    other formats, and with the recipe that it was made with, if there was one.
 
     Args:
         path: Of an adapter that jaxmerge wrote.
@@ -148,25 +154,34 @@ def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Ve
     record = read_record(place)
     if record is None or "method" not in record:
         raise ValueError(f"{place}: has no record of a merge, so that there is nothing to verify it by")
+    written = record.get("weights_sha256")
+    intact = None if written is None else json.loads(found.metadata.provenance)["sha256"] == written
+    changed = [f"{place}: its weights are not those that were written there"] if intact is False else []
     unknown = Verification(
-        str(place), "unknown", record["method"], record["space"], len(found.modules), (), None, (), ()
+        str(place), "unknown", record["method"], record["space"], len(found.modules), intact, (), None, (), ()
     )
+
+    def told(*problems: Any, **found: Any) -> Verification:
+        return dataclasses.replace(unknown, problems=(*changed, *map(str, problems)), **found)
+
     try:
         recipe = _recipe(place, record)
-        problems = inspect(recipe).problems
-        if problems:
-            return dataclasses.replace(unknown, problems=tuple(str(problem) for problem in problems))
+        if problems := inspect(recipe).problems:
+            return told(*problems)
         plan = planned(read(recipe, Workplace()), Workplace())
     except ValueError as error:
-        return dataclasses.replace(unknown, problems=tuple(str(error).splitlines()))
+        return told(*str(error).splitlines())
     strange = _strange(found, plan)
     if strange:
-        return dataclasses.replace(unknown, status="different", problems=tuple(strange))
+        return told(*strange, status="different")
     paths = _sample(list(found.modules), modules)
     some = plan.only(paths)
     again = some.finish(list(some.run()))
     again = truncate(again, rule) if (rule := truncation(recipe)) else again
-    return dataclasses.replace(unknown, **_compared(found, again, paths, plan, record))
+    status, error, wrong = _compared(found, again, paths)
+    adapters = _presence(found, paths, plan, record)
+    lost = [f"{place}: {one.name} is not in it" for one in adapters if not one.present]
+    return told(*wrong, *lost, status=status, sampled=tuple(paths), error=error, adapters=tuple(adapters))
 
 
 def _recipe(place: Path, record: Mapping[str, Any]) -> Recipe:
@@ -195,28 +210,19 @@ def _sample(paths: Sequence[str], count: int | None) -> list[str]:
 
 
 def _compared(
-    found: Adapter, again: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[str, Any]
-) -> dict[str, Any]:
-    dtype = str(found.modules[paths[0]].a.dtype)
+    found: Adapter, again: Adapter, paths: Sequence[str]
+) -> tuple[Literal["same", "close", "different"], float, list[str]]:
+    """How far the sampled modules are from those that were made again: in a word, by number, and what is wrong."""
+    # A format may hold the same change in other factors: bits are compared where it does not.
+    if all(_same_bits(again.modules[path], found.modules[path]) for path in paths):
+        return "same", 0.0, []
     errors = {path: _difference(again.modules[path], found.modules[path]) for path in paths}
     worst = max(errors, key=lambda path: errors[path])
-    # A format may hold the same change in other factors: bits are compared where it does not.
-    alike = all(_same_bits(again.modules[path], found.modules[path]) for path in paths)
-    name, error = found.metadata.name, 0.0 if alike else errors[worst]
-    status = "same" if alike else "close" if error <= _SAME[dtype] else "different"
-    problems = []
-    if status == "different":
-        problems.append(f"{name}: {worst} differs by {100 * error:.2g} % from what its recipe makes")
-    adapters = _presence(found, paths, plan, record)
-    lost = [one.name for one in adapters if not one.present]
-    problems += [f"{name}: {lacking} is not in it" for lacking in lost]
-    return {
-        "status": status,
-        "sampled": tuple(paths),
-        "error": error,
-        "adapters": tuple(adapters),
-        "problems": tuple(problems),
-    }
+    if errors[worst] <= _SAME[str(found.modules[worst].a.dtype)]:
+        return "close", errors[worst], []
+    percent_off = f"{100 * errors[worst]:.2g} %"
+    problem = f"{found.metadata.name}: {worst} differs by {percent_off} from what its recipe makes"
+    return "different", errors[worst], [problem]
 
 
 def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[str, Any]) -> list[Presence]:

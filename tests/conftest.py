@@ -9,6 +9,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # process of a parallel run on all of them.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+# Most of the time would go into optimising programs of which each runs once. Left as they come they take a third of it.
+# `XLA_FLAGS= scripts/test` has them as users have them, and so have tests that start processes of several devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 

@@ -311,9 +311,10 @@ def test_help_does_not_import_jax():
 
 def test_a_killed_merge_leaves_nothing(tmp_path):
     program = """
-import os, sys, time
+import os, signal, sys, time
 from jaxmerge.cli import main
 from jaxmerge.io import peft
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes in the background are born deaf to it.
 save = peft.save
 def slow(*arguments, **options):
     print("merged", flush=True)

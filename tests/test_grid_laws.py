@@ -144,7 +144,8 @@ def test_signs_scales_order_zeros_and_draws(method, space):
     if jm.METHODS[method].random or breaks(method, space, "order"):  # Each position draws for itself.
         assert turned > 1e-3
     else:
-        assert turned < 1e-4
+        # ctm stops where its energy stands still in float32: the directions are then known to about the root of that.
+        assert turned < (3e-3 if space == "ctm" else 1e-4)
 
     zeros = [jax.tree.map(np.zeros_like, adapter) for adapter in adapters]
     for delta in deltas(jm.merge(zeros, weights, **options)).values():

@@ -202,6 +202,8 @@ def test_merged_lora_h5_is_loaded_by_the_real_backbone(tmp_path, backbone):
         for other in (one, two):
             np.testing.assert_array_equal(other.modules[path].a, lora.a)
             np.testing.assert_array_equal(other.modules[path].b, lora.b)
+    found = jm.verify(tmp_path / "one.lora.h5")
+    assert (found.status, found.intact, found.problems) == ("same", True, ())
 
 
 def kernel(made, name):

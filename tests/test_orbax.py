@@ -92,6 +92,14 @@ def test_every_way_of_saving_is_read(tmp_path, way):
     assert len(json.loads(adapter.metadata.provenance)["sha256"]) == 64
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_what_is_written_is_verified(tmp_path, way):
+    adapters = [jm.load(way(tmp_path / str(seed), lora_state(seed))) for seed in range(2)]
+    jm.save(jm.merge(adapters, [1.0, -2.0]), tmp_path / "out")
+    found = jm.verify(tmp_path / "out")
+    assert (found.status, found.intact, found.problems) == ("same", True, ())
+
+
 def test_root_step_and_item(tmp_path):
     root = save_composite(tmp_path / "saved", lora_state())
     for path in (root, root / "10", root / "10" / "state"):

@@ -49,6 +49,7 @@ def test_what_is_as_it_was_made_is_made_again_to_the_bit(arguments, sources, tmp
         arguments = {**arguments, "key": jax.random.key(arguments["key"])}
     found = jm.verify(merge(sources, tmp_path / "out", **arguments), modules=5)
     assert (found.status, found.error, found.problems, found.ok) == ("same", 0.0, (), True)
+    assert found.intact
     assert len(found.sampled) == 5
     assert [one.present for one in found.adapters] == [True] * 3
     if "weights" in arguments and "rank" not in arguments:
@@ -82,8 +83,10 @@ def test_the_weights_of_another_merge(sources, tmp_path):
     shutil.copy(tmp_path / "other" / "adapter_model.safetensors", out)
     found = jm.verify(out, modules=3)
     assert found.status == "different"
-    assert "differs by" in found.problems[0]
-    assert f"{out}: {sources[2]} is not in it" in found.problems
+    changed, differs, lost = found.problems
+    assert changed == f"{out}: its weights are not those that were written there"
+    assert "differs by" in differs
+    assert lost == f"{out}: {sources[2]} is not in it"
     assert [one.present for one in found.adapters] == [True, True, False]
 
 
@@ -97,6 +100,10 @@ def test_one_tensor_that_was_changed(sources, tmp_path):
     found = jm.verify(out, modules=None)
     assert found.status in ("close", "different")
     assert found.error == pytest.approx(0.01, rel=0.1)
+    assert found.intact is False
+    outside = jm.verify(out, modules=2)  # The first module and the last.
+    assert (outside.status, outside.error) == ("same", 0.0)
+    assert outside.problems == (f"{out}: its weights are not those that were written there",)
 
 
 def test_an_input_that_was_changed_or_is_gone(sources, tmp_path):

@@ -1,7 +1,6 @@
 """What Keras keeps beside LoRA factors: the model's configuration in its Orbax checkpoints; and ``.lora.h5`` files."""
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -89,7 +88,7 @@ def load(path: Path, alpha: trees.Alpha = None, **options: Any) -> Adapter:
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: is not a .lora.h5 file of Keras's: {atomic.one_line(error)}") from None
     adapter = trees.from_file(path, tree, alpha="rank" if alpha is None else alpha, layout="keras")
-    record = {"path": str(path), "sha256": hashlib.sha256(data).hexdigest()}
+    record = {"path": str(path), "sha256": trees.digest(tree)}
     metadata = dataclasses.replace(adapter.metadata, name=str(path), place=File(), provenance=json.dumps(record))
     return dataclasses.replace(adapter, metadata=metadata)
 
@@ -120,10 +119,12 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     rank = max(lora.rank for lora in adapter.modules.values())
     record = json.loads(adapter.metadata.provenance)
     recipe = take_recipe(record, path.parent)
+    tree = trees.to_state(adapter)
+    record["weights_sha256"] = trees.digest(tree)
     buffer = io.BytesIO()
     with _h5py(path).File(buffer, "w") as file:
         file["lora/vars/rank"] = rank
-        for name, factors in trees.to_state(adapter).items():
+        for name, factors in tree.items():
             for key, array in factors.items():
                 file[f"lora/{name}/vars/{key}"] = np.asarray(array)
         file.attrs["jaxmerge"] = json.dumps(record)

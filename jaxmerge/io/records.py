@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxmerge.io import keras, orbax, peft
+from jaxmerge.io import is_orbax, keras, orbax, peft
 from jaxmerge.io.recipe_file import RECIPE
 
 
@@ -22,9 +22,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """
     if path.is_file() and path.name.endswith(keras.SUFFIX):
         return keras.read_record(path)
-    if not orbax.is_remote(path) and (peft.find_folder(path) / peft.CONFIG).is_file():
-        return _of_folder(peft.find_folder(path) / peft.PROVENANCE)
-    return orbax.read_record(path)
+    if orbax.is_remote(path) or is_orbax(path):
+        return orbax.read_record(path)
+    return _of_folder(peft.find_folder(path) / peft.PROVENANCE)
 
 
 def _of_folder(file: Path) -> dict[str, Any] | None:

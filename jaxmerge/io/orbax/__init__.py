@@ -4,7 +4,6 @@ Orbax is imported where it is used: that takes a second, and PEFT folders need n
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from jaxmerge.io.orbax.places import (
 )
 from jaxmerge.io.orbax.records import check_alpha, completed, is_of_one_rank, stored_alpha, with_rank
 from jaxmerge.io.recipe_file import RECIPE, take_recipe
-from jaxmerge.sharding import first_process, fitting, gathered, placement
+from jaxmerge.sharding import first_process, fitting
 
 __all__ = [
     "Place",
@@ -65,7 +64,7 @@ def load(path: Path, item: str | None = None, mesh: Mesh | None = None, **option
         tree = _restore(folder, place.item, shapes, mesh)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be restored: {atomic.one_line(error)}") from None
-    return _adapter(path, folder, place, tree, {"sha256": _digest(tree), "left_out": left_out}, options)
+    return _adapter(path, folder, place, tree, {"sha256": trees.digest(tree), "left_out": left_out}, options)
 
 
 def peek(path: Path, item: str | None = None, **options: Any) -> Adapter:
@@ -133,7 +132,7 @@ def save(adapter: Adapter, path: Path, *, replaces: bool = False) -> None:
     path = absolute(path)
     record = json.loads(adapter.metadata.provenance)
     recipe = take_recipe(record, path)
-    custom["jaxmerge"] = {**record, **kept}
+    custom["jaxmerge"] = {**record, "weights_sha256": trees.digest(tree), **kept}
     if place.sidecar and place.step is not None:
         rank = max(lora.rank for lora in adapter.modules.values())
         sidecar = {**json.loads(place.sidecar), "r": rank, "lora_alpha": rank, "use_rslora": False}
@@ -224,14 +223,3 @@ def _restore(folder: Path, name: str | None, shapes: Any, mesh: Mesh | None) -> 
     with context:
         named = {} if name is None else {"checkpointable_name": name}
         return ocp.load(str(folder), jax.tree.map(target, shapes), **named)
-
-
-def _digest(tree: Any) -> str:
-    """A hash of names and numbers: the files' own bytes depend on how many processes wrote them."""
-    digest = hashlib.sha256()
-    for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        digest.update(f"{jax.tree_util.keystr(key)} {leaf.dtype} {leaf.shape}".encode())
-        if (spread := placement(leaf)) is not None:
-            leaf = gathered(leaf, spread.mesh).addressable_data(0)
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

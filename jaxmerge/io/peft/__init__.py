@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash(pieces: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def check_target(path: Path, force: bool) -> None:
     """Raises the ValueError that `save` would raise for the folder."""
     atomic.check_target(path, force, CONFIG)
@@ -140,9 +148,11 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     recipe = take_recipe(record, path)
     config = export_config(adapter)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
+    weights = safetensors_pieces(tensors)
+    record["weights_sha256"] = _hash(weights)
     files = {
         CONFIG: _json(config),
-        WEIGHTS: safetensors_pieces(tensors),
+        WEIGHTS: weights,
         PROVENANCE: _json(record),
         CARD: card.model_card(config, record).encode(),
         **({} if recipe is None else {RECIPE: recipe}),

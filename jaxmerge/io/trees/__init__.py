@@ -5,6 +5,7 @@ In memory a module's factors are ``a [*batch, r, in]`` and ``b [*batch, out, r]`
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from jaxmerge.base import Adapter, AnyArray, LoRA, Metadata, is_finite, on_host,
 from jaxmerge.io.trees.axes import ScanAxis, TreeLayout, find_layout, layout_of, leaf_a, leaf_b, to_lora
 from jaxmerge.io.trees.formats import TREE_FORMATS, PatternRule, Rule, TreeFormat
 from jaxmerge.layouts import PLAIN_PARAMETERS
-from jaxmerge.sharding import laid_out, placement
+from jaxmerge.sharding import gathered, laid_out, placement
 
 __all__ = [
     "TREE_FORMATS",
@@ -31,6 +32,7 @@ __all__ = [
     "ScanAxis",
     "Tree",
     "TreeLayout",
+    "digest",
     "from_file",
     "from_state",
     "layout_of",
@@ -169,6 +171,24 @@ def to_state(adapter: Adapter) -> Any:
     if tree.placements:
         leaves = [laid_out(leaf, place) for leaf, place in zip(leaves, tree.placements, strict=True)]
     return jax.tree.unflatten(tree.structure, leaves)
+
+
+def digest(tree: Any) -> str:
+    """A hash of names and numbers, which a checkpoint's own bytes hang on and how many processes wrote them besides.
+
+    Args:
+        tree: Of arrays; where they are spread over processes, all of them call this.
+
+    Returns:
+        A SHA-256, in hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        found.update(f"{jax.tree_util.keystr(key)} {leaf.dtype} {leaf.shape}".encode())
+        if (spread := placement(leaf)) is not None:
+            leaf = gathered(leaf, spread.mesh).addressable_data(0)
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def lost_in_scaling(lora: LoRA, scaled: Any) -> str:
