@@ -12,10 +12,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ[
 
 # Most of the time would go into optimising programs of which each runs once. Left as they come they take a third of it.
 # `XLA_FLAGS= scripts/test` has them as users have them, and so have tests that start processes of several devices.
-FLAGS = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # Later ones end where they meet a flag that is none of theirs.
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    # JAX ends where it meets a flag that it does not have.
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
