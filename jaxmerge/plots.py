@@ -1,10 +1,11 @@
 """Figures for papers, drawn by Matplotlib (``pip install 'jaxmerge[plots]'``) from the records of a report or a sweep.
 
-Each function returns a `matplotlib.figure.Figure`, to be saved with ``figure.savefig("cosine.pdf")``. The state of
-pyplot is left alone.
+Each function returns a `matplotlib.figure.Figure`: a notebook shows it, ``figure.savefig("cosine.pdf")`` saves it. The
+state of pyplot is left alone.
 """
 
 import functools
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -20,10 +21,10 @@ from jaxmerge.words import span
 
 try:
     import matplotlib
+    from matplotlib import figure as figures
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 except ImportError as error:
     raise ImportError("jaxmerge.plots needs matplotlib: pip install 'jaxmerge[plots]'") from error
@@ -39,6 +40,15 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "pdf.fonttype": 42, "ps.fonttype": 42,
 }  # fmt: skip
 _BEFORE, _AFTER, _SUM = "#1f66ad", "#b54f00", "#6b7480"
+
+
+class Figure(figures.Figure):
+    """A figure that notebooks show as it is."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:

@@ -43,6 +43,12 @@ def drawn(figure):
     return pixels
 
 
+def test_a_notebook_shows_it(report):
+    shown = PIL.Image.open(io.BytesIO(plots.energy_curves(report)._repr_png_()))
+    assert shown.width > 300
+    assert np.asarray(shown.convert("RGB")).std() > 5
+
+
 def images(figure):
     return [axes.images[0] for axes in figure.axes if axes.images]
 
