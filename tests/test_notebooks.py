@@ -43,6 +43,6 @@ def test_stored_outputs_are_clean(path):
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert outputs
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
-    told = json.dumps(outputs)
+    told = json.dumps([{**output, "data": {**output.get("data", {}), "image/png": ""}} for output in outputs])
     assert "Warning" not in told
     assert not re.findall(r"(?<![\w.<])/[a-z]+/", told)  # No path of any machine.
