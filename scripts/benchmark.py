@@ -1,7 +1,7 @@
 """The benchmark: jaxmerge and its peers on the same inputs in one run, as ratios. Called by scripts/bench.
 
     scripts/bench [--parts types prune cli sweep devices grid] [--adapters 4 8] [--densities 0.2 0.5] [--readme]
-    scripts/bench --parts grid [--spaces own full factors knots core ctm]
+    scripts/bench --parts grid [--spaces full factors knots core ctm]
 
 Merges are of random rank-16 adapters with the shapes of Llama-3-8B (all seven linear layers), measured on two layers
 and scaled to its 32. PEFT runs its own ``add_weighted_adapter`` on a model of the same shapes. Its ``*_svd`` types are
@@ -491,12 +491,11 @@ def bench_grid(options: argparse.Namespace, results: dict[str, Any]) -> None:
         )
         for method, row in METHODS.items():
             count = n if row.most is None else min(n, row.most)
-            own = row.space if "own" in options.spaces else ""
-            for space in (name for name in row.spaces if name == own or name in options.spaces):
+            for space in (name for name in row.spaces if name in options.spaces):
                 mine = measured("in_the_grid", f"{method}/{space}", count, 0.5)
                 cell = {"method": method, "space": space, "n": count}
                 found["rows"] = [old for old in found["rows"] if {**old, **cell} != old]
-                found["rows"].append({**cell, "own": space == row.space, **mine})
+                found["rows"].append({**cell, **mine})
                 print(
                     f"{method:18} {space:8} N={count}  whole model {_whole(mine):7.1f} s "
                     f"(two layers, first call {mine['cold']:5.1f} s), {mine['peak']:5.0f} MB",
@@ -510,22 +509,22 @@ def _whole(row: Mapping[str, Any]) -> float:
 
 
 def grid_table(results: dict[str, Any]) -> str:
-    """The README's table: methods by spaces with the fewest adapters, and each in its own space with more."""
+    """The README's table: methods by spaces and numbers of adapters; those that take two have them in the first."""
     from jaxmerge.catalog import METHODS, SPACES
 
     rows = results["grid"]["rows"]
-    counts = sorted({row["n"] for row in rows if METHODS[row["method"]].most is None})
-    spaces = [space for space in SPACES if any(row["space"] == space for row in rows)]
-    more = [n for n in counts[1:] if any(row["n"] == n and row["own"] for row in rows)]
+    fewest = min(row["n"] for row in rows if METHODS[row["method"]].most is None)
+    seconds_of = {
+        (row["method"], row["space"], fewest if METHODS[row["method"]].most else row["n"]): f"{_whole(row):.1f}"
+        for row in rows
+    }
+    columns = sorted({(n, list(SPACES).index(space), space) for _, space, n in seconds_of})
     lines = [
-        "| method | " + " | ".join([*spaces, *(f"own space, N = {n}" for n in more)]) + " |",
-        "|---" * (len(spaces) + len(more) + 1) + "|",
+        "| method | " + " | ".join(f"{space}, {n}" for n, _, space in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for method in (name for name in METHODS if any(row["method"] == name for row in rows)):
-        fewest = METHODS[method].most or counts[0]
-        own = {(row["space"], row["n"]): f"{_whole(row):.1f}" for row in rows if row["method"] == method}
-        cells = [own.get((space, fewest), "") for space in spaces]
-        cells += ["" if METHODS[method].most else own.get((METHODS[method].space, n), "") for n in more]
+        cells = [seconds_of.get((method, space, n), "") for n, _, space in columns]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -591,8 +590,8 @@ def main() -> None:
     parser.add_argument(
         "--spaces",
         nargs="+",
-        default=["own", "factors", "knots", "core", "ctm"],
-        help="of the grid; own is each method's",
+        default=["factors", "knots", "core", "ctm"],
+        help="of the grid; full takes minutes a cell",
     )
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the whole model")
     parser.add_argument("--readme", action="store_true", help="write the table of types into README.md")
