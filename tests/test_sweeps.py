@@ -21,8 +21,8 @@ ADAPTERS = Path(__file__).parent / "adapters"
 SHAPES = {"q": (24, 32), "k": (16, 32), "o": (32, 24)}
 
 
-def adapters(n=3, rank=4, dtype=np.float32):
-    rng = np.random.default_rng(0)
+def adapters(n=3, rank=4, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
 
     def factor(*shape):
         return rng.normal(size=shape).astype(dtype)
@@ -113,6 +113,8 @@ def test_nothing_is_compiled_twice():
     jm.sweep(sources, evaluate, {"density": [0.2, 0.4], "scale": [1.0, 2.0]}, method="ties")
     again = {"density": [0.3, 0.9], "scale": [0.5, 3.0]}
     assert compilations(lambda: jm.sweep(sources, evaluate, again, method="ties")) == []
+    others = adapters(seed=1)  # What they are scored by is an argument too, and not a constant of the program.
+    assert compilations(lambda: jm.sweep(others, jm.scores(others), again, method="ties")) == []
 
 
 @pytest.mark.parametrize(
