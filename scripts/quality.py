@@ -11,8 +11,9 @@ each task. At the best density the scale then moves by factors of 2 for as long 
 by √2 to both sides of it. The best setting is scored once on the test examples. Other hyperparameters keep their
 defaults, and what draws has seed 0.
 
-Results go to .bench/quality.json, a cell at a time; what is there is not done again. With --readme they go into the
-tables of README.md.
+Results go to .bench/quality.json, a cell at a time; what is there, or in notebooks/quality.json, is not done again.
+With --readme they go into the tables of README.md and into notebooks/quality.json, which
+notebooks/02_which_method.ipynb draws.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from scripts.tuning import Cell, Experiment, Split
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / ".bench" / "quality.json"
+# What notebooks/02_which_method.ipynb draws.
+DRAWN = ROOT / "notebooks" / "quality.json"
 # Cells first that are most asked for.
 FIRST = (
     "linear", "ties", "dare_ties", "magnitude_prune", "tsv", "iso_c", "iso_cts", "pcb", "cart", "star", "swudi", "pico",
@@ -90,21 +93,22 @@ def todo(options: argparse.Namespace) -> Todo:
     return found
 
 
-def write(results: Mapping[str, Any]) -> None:
+def write(results: Mapping[str, Any], target: Path = TARGET) -> None:
     """Whole or not at all, so that an interruption leaves what was there."""
-    TARGET.parent.mkdir(exist_ok=True)
-    draft = TARGET.with_suffix(".draft")
+    target.parent.mkdir(exist_ok=True)
+    draft = target.with_suffix(".draft")
     draft.write_text(json.dumps(results, indent=1) + "\n")
-    draft.replace(TARGET)
+    draft.replace(target)
 
 
 def started(protocol: dict[str, Any]) -> dict[str, Any]:
-    """The results that are there already, of the same protocol."""
-    if not TARGET.exists():
+    """The results that are there already, of the same protocol; those that are published where nothing else is."""
+    there = next((file for file in (TARGET, DRAWN) if file.exists()), None)
+    if there is None:
         return {"protocol": protocol}
-    results = json.loads(TARGET.read_text())
+    results = json.loads(there.read_text())
     if results["protocol"] != protocol:
-        raise SystemExit(f"{TARGET} is of another protocol, {results['protocol']}: move it away to start anew")
+        raise SystemExit(f"{there} is of another protocol, {results['protocol']}: move it away to start anew")
     return results
 
 
@@ -145,6 +149,7 @@ def main() -> None:
         print(quality_tables.told(part, name, records[name]), flush=True)
     if options.readme:
         quality_tables.write_readme(ROOT / "README.md", results, experiment.test.sizes)
+        write(results, DRAWN)
 
 
 if __name__ == "__main__":
