@@ -39,6 +39,8 @@ _STATUS = {
     "different": "not what its recipe makes",
     "unknown": "could not be made again",
 }
+# What a record and a recipe have in common.
+_SETTINGS = ("method", "space", "weights")
 # A share of its weight below which an adapter is not in a result.
 _ABSENT = 1e-3
 
@@ -154,12 +156,20 @@ def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Ve
     record = read_record(place)
     if record is None or "method" not in record:
         raise ValueError(f"{place}: has no record of a merge, so that there is nothing to verify it by")
-    written = record.get("weights_sha256")
-    intact = None if written is None else json.loads(found.metadata.provenance)["sha256"] == written
-    changed = [f"{place}: its weights are not those that were written there"] if intact is False else []
+    own = json.loads(found.metadata.provenance)
+    changed = [
+        f"{place}: {what} not what was written there"
+        for what, name, hashed in (
+            ("its weights are", "weights_sha256", "sha256"),
+            ("its adapter_config.json is", "config_sha256", "config_sha256"),
+        )
+        if name in record and record[name] != own.get(hashed)
+    ]
+    intact = not changed if "weights_sha256" in record else None
     unknown = Verification(
-        str(place), "unknown", record["method"], record["space"], len(found.modules), intact, (), None, (), ()
-    )
+        str(place), "unknown", str(record["method"]), str(record.get("space")), len(found.modules), intact, (), None,
+        (), (),
+    )  # fmt: skip
 
     def told(*problems: Any, **found: Any) -> Verification:
         return dataclasses.replace(unknown, problems=(*changed, *map(str, problems)), **found)
@@ -171,6 +181,10 @@ def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Ve
         plan = planned(read(recipe, Workplace()), Workplace())
     except ValueError as error:
         return told(*str(error).splitlines())
+    made = json.loads(plan.rest.metadata.provenance)
+    unknown = dataclasses.replace(unknown, method=made["method"], space=made["space"])
+    differing = [name for name in _SETTINGS if record.get(name) != made[name]]
+    changed += [f"{place}: its record has other {', '.join(differing)} than its recipe"] if differing else []
     strange = _strange(found, plan)
     if strange:
         return told(*strange, status="different")
@@ -179,14 +193,19 @@ def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Ve
     again = some.finish(list(some.run()))
     again = truncate(again, rule) if (rule := truncation(recipe)) else again
     status, error, wrong = _compared(found, again, paths)
-    adapters = _presence(found, paths, plan, record)
+    adapters = _presence(found, paths, plan, made)
     lost = [f"{place}: {one.name} is not in it" for one in adapters if not one.present]
     return told(*wrong, *lost, status=status, sampled=tuple(paths), error=error, adapters=tuple(adapters))
 
 
 def _recipe(place: Path, record: Mapping[str, Any]) -> Recipe:
     beside = recipe_beside(place)
-    return recipe_of(record) if beside is None else read_recipe(beside)
+    if beside is not None:
+        return read_recipe(beside)
+    try:
+        return recipe_of(record)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: its record is damaged: {type(error).__name__} {error}") from None
 
 
 def _strange(found: Adapter, plan: Plan) -> list[str]:

@@ -96,7 +96,15 @@ def test_a_report_may_lie_in_the_folder_of_the_result(capsys, tmp_path):
     assert jm.load(out).modules
     for name in ("README.md", "adapter_config.json"):
         run("merge", SMS, MOVIE, "-o", out, "--force", "--report", out / name, code=1)
-        assert "is a file of the adapter itself" in capsys.readouterr().err
+        assert "is a file of an adapter itself" in capsys.readouterr().err
+    # Nor may it take the place of what is merged.
+    shutil.copytree(SMS, tmp_path / "sms")
+    config = (tmp_path / "sms" / "adapter_config.json").read_bytes()
+    for command in (["compare"], ["merge", "-o", tmp_path / "other"]):
+        report = ["--force", "--report", tmp_path / "sms" / "adapter_config.json"]
+        run(*command[:1], tmp_path / "sms", MOVIE, *command[1:], *report, code=1)
+        assert "is a file of an adapter itself" in capsys.readouterr().err
+    assert (tmp_path / "sms" / "adapter_config.json").read_bytes() == config
     # An earlier report is not a part of the adapter, and replaced like one.
     run("merge", SMS, NAMES, "-o", out, "--force", "--report", out / "report.html")
     assert "names" in (out / "report.html").read_text()

@@ -84,7 +84,7 @@ def test_the_weights_of_another_merge(sources, tmp_path):
     found = jm.verify(out, modules=3)
     assert found.status == "different"
     changed, differs, lost = found.problems
-    assert changed == f"{out}: its weights are not those that were written there"
+    assert changed == f"{out}: its weights are not what was written there"
     assert "differs by" in differs
     assert lost == f"{out}: {sources[2]} is not in it"
     assert [one.present for one in found.adapters] == [True, True, False]
@@ -103,7 +103,34 @@ def test_one_tensor_that_was_changed(sources, tmp_path):
     assert found.intact is False
     outside = jm.verify(out, modules=2)  # The first module and the last.
     assert (outside.status, outside.error) == ("same", 0.0)
-    assert outside.problems == (f"{out}: its weights are not those that were written there",)
+    assert outside.problems == (f"{out}: its weights are not what was written there",)
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_config_that_was_changed(sources, tmp_path):
+    out = merge(sources, tmp_path / "out")
+    edit(out / "adapter_config.json", lora_alpha=480)
+    found = jm.verify(out, modules=2)
+    assert found.problems[0] == f"{out}: its adapter_config.json is not what was written there"
+    assert found.intact is False
+
+
+RECORDS = [{"weights": [1, 1, 1]}, {"weights": "x"}, {"method": 3}, {"weights": [1]}]
+
+
+@pytest.mark.parametrize("changes", RECORDS, ids=str)
+def test_a_record_that_was_changed(changes, sources, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("adapters: [sms, movie, names]\n")
+    out = tmp_path / "out"
+    jm.save(jm.merge_recipe(tmp_path / "recipe.yaml"), out)
+    edit(out / "jaxmerge.json", **changes)
+    (problem,) = jm.verify(out, modules=2).problems
+    assert problem == f"{out}: its record has other {next(iter(changes))} than its recipe"
+    (out / "recipe.yaml").unlink()
+    assert jm.verify(out, modules=2).problems
 
 
 def test_an_input_that_was_changed_or_is_gone(sources, tmp_path):

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("jaxmerge: interrupted; nothing was written\n")
-        return 130
+        sys.stderr.flush()
+        # XLA's threads may be at work still, and would be while the interpreter is taken down around them.
+        os._exit(130)
     return code
 
 

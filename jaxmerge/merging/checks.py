@@ -1,5 +1,6 @@
 """What can be wrong with a merge. Checks gather problems, so that all can be told together."""
 
+import dataclasses
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -149,6 +150,9 @@ def _problem_of_one(user: str, hyperparameter: Hyperparameter, value: Any, tasks
             bind_density(value, 1, name.capitalize(), tasks)
         except ValueError as error:
             return [str(error)]
+        if not has_values(value):
+            return []
+        hyperparameter = dataclasses.replace(hyperparameter, kind="number", above=0, most=1)
     if hyperparameter.kind in ("number", "count"):
         several = tasks is not None and np.shape(value) == (tasks,)
         return [problem for one in (value if several else [value]) for problem in _range_problem(hyperparameter, one)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from jaxmerge.io.atomic import write_file
-from jaxmerge.io.peft.folder import OWNED
+from jaxmerge.io.peft.folder import CONFIG, OWNED
 
 FORMS = (".html", ".md", ".json")
 
@@ -23,19 +23,20 @@ def check_target(
 
     Raises:
         ValueError: If the ending is another, something is there that may not be replaced, or its folder is not there
-            or not writable, or it would be one of the adapter's own files.
+            or not writable, or it would be one of an adapter's own files.
     """
     path, forms = Path(path), tuple(forms)
     if path.suffix.lower() not in forms:
         raise ValueError(f"report {path}: give a file that ends in {', '.join(forms[:-1])} or {forms[-1]}")
     if path.is_dir():
         raise ValueError(f"report {path}: is a folder")
+    folder = path.absolute().parent
+    in_the_result = beside is not None and folder.resolve() == Path(beside).resolve()
+    if path.name in OWNED and (in_the_result or (folder / CONFIG).is_file()):
+        raise ValueError(f"report {path}: is a file of an adapter itself")
     if path.exists() and not force:
         raise ValueError(f"report {path}: already exists (--force replaces it)")
-    folder = path.absolute().parent
-    if beside is not None and folder.resolve() == Path(beside).resolve():
-        if path.name in OWNED:
-            raise ValueError(f"report {path}: is a file of the adapter itself")
+    if in_the_result:
         return
     if not folder.is_dir():
         raise ValueError(f"report {path}: there is no folder {folder}")

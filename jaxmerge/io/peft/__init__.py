@@ -150,6 +150,7 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
     weights = safetensors_pieces(tensors)
     record["weights_sha256"] = _hash(weights)
+    record["config_sha256"] = _hash([_json(config)])
     files = {
         CONFIG: _json(config),
         WEIGHTS: weights,
