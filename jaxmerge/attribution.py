@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmerge import lapack, metrics, threads
 from jaxmerge.base import Adapter, Energy, LoRA
-from jaxmerge.merging.checks import adapter_name, listing, raise_problems, shape_problems, value_problems
+from jaxmerge.merging.checks import adapter_name, as_adapters, listing, raise_problems, shape_problems, value_problems
 from jaxmerge.sharding import seen_everywhere
 from jaxmerge.tables import Table, columns, html
 from jaxmerge.words import percent
@@ -154,7 +154,7 @@ def contributions(
         ValueError: If the result is not of these adapters, by its modules or their shapes, or something holds NaN; it
             names every culprit.
     """
-    adapters = list(adapters)
+    adapters = as_adapters(adapters)
     raise_problems(["there are no adapters that the result could be of"] if not adapters else [])
     raise_problems(shape_problems([*adapters, merged]) + _module_problems(merged, adapters))
     raise_problems(value_problems([*adapters, merged]))

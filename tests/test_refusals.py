@@ -503,6 +503,10 @@ def refused(match: str, *arguments, **keywords) -> str:
         ("method magnitude_prune needs density", {"combination_type": "magnitude_prune_svd"}),
         ("Density should be >= 0, got -0.5", {"method": "ties", "density": -0.5}),
         ("Density should be >= 0, got nan", {"method": "ties", "density": float("nan")}),
+        ("density should be at most 1 and above 0, got 1.5", {"method": "ties", "density": 1.5}),
+        ("density should be at most 1 and above 0, got 0", {"method": "ties", "density": 0}),
+        ("density should be at most 1 and above 0, got 2", {"method": "ties", "density": [0.5, 2.0]}),
+        ("gamma should be at least 0 and at most 1, got 2", {"method": "breadcrumbs", "density": 0.5, "gamma": 2}),
         ("Density should be a number", {"method": "ties", "density": "half"}),
         ("Density should be a number", {"method": "ties", "density": [0.1, 0.2, 0.3]}),
         (
@@ -535,6 +539,7 @@ def test_arguments_that_do_not_fit_are_refused(match, keywords):
         ("3 weights for 2 adapters", [1, 2, 3]),
         ("0 weights for 2 adapters", []),
         ("weight nan is not a finite number", [1, float("nan")]),
+        (r"weight 1e\+300 is more than float32 holds", [1e300, 1]),
         ("weight inf is not a finite number", np.array([np.inf, 1])),
         ("weight -inf is not a finite number", jax.numpy.array([-np.inf, 1])),
         ("array of shape", np.ones((2, 1))),
@@ -646,3 +651,12 @@ def test_every_module_and_adapter_with_nan_is_told():
 def test_lower_refuses_what_merge_refuses():
     with pytest.raises(ValueError, match="1 weights for 2 adapters"):
         jm.lower([adapter(), adapter()], [1])
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"), [("sms", "str"), (["sms", "movie"], "str"), (3, "int"), (adapter(), "one Adapter")], ids=str
+)
+def test_what_are_no_adapters(given, kind):
+    for function in (jm.merge, jm.compare, jm.preview):
+        with pytest.raises(ValueError, match=f"adapters should be a list of adapters, .* got {kind}"):
+            function(given)

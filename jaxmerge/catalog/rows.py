@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from jaxmerge.tables import Table, columns, html
@@ -48,6 +48,13 @@ class Hyperparameter:
     def traceable(self) -> bool:
         """Whether it may change without a new compile."""
         return self.kind in ("density", "number")
+
+    @property
+    def as_number(self) -> "Hyperparameter":
+        """A density as the number that it is, with its bounds: what is kept is not nothing, what is dropped may be."""
+        if self.kind != "density":
+            return self
+        return replace(self, kind="number", most=1, **({"above": 0} if self.name == "density" else {"least": 0}))
 
 
 # Of each kind of `Method.pruning`, the hyperparameters that say how to prune; the others say how to combine.

@@ -16,6 +16,7 @@ from jaxmerge.merging.checks import (
     Weights,
     adapter_name,
     all_paths,
+    as_adapters,
     base_problems,
     checked_weights,
     module_problems,
@@ -53,7 +54,7 @@ def compare(
     Raises:
         ValueError: If there are fewer than two adapters, or they do not fit each other; it names every culprit.
     """
-    adapters = list(adapters)
+    adapters = as_adapters(adapters)
     if len(adapters) < 2:
         raise ValueError(f"at least two adapters are compared, got {len(adapters)}")
     problems = comparison_problems(adapters, allow_different_bases)

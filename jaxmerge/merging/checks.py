@@ -1,6 +1,5 @@
 """What can be wrong with a merge. Checks gather problems, so that all can be told together."""
 
-import dataclasses
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,6 +18,22 @@ from jaxmerge.sparsify import bind_density
 from jaxmerge.values import each
 
 Weights = Sequence[ArrayLike | Mapping[str, ArrayLike]] | Array | None
+
+
+def as_adapters(adapters: Any) -> list[Adapter]:
+    """A list of adapters.
+
+    Raises:
+        ValueError: If it is something else: a path, a single adapter, or a list of others.
+    """
+    found: list[Any] = (
+        list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, str) else [adapters]
+    )
+    if isinstance(adapters, Adapter) or not all(isinstance(one, Adapter) for one in found):
+        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in found))
+        what = "one Adapter" if isinstance(adapters, Adapter) else kinds
+        raise ValueError(f"adapters should be a list of adapters, as jm.load(path) gives each, got {what}")
+    return found
 
 
 def all_paths(adapters: Sequence[Adapter]) -> list[str]:
@@ -152,7 +167,7 @@ def _problem_of_one(user: str, hyperparameter: Hyperparameter, value: Any, tasks
             return [str(error)]
         if not has_values(value):
             return []
-        hyperparameter = dataclasses.replace(hyperparameter, kind="number", above=0, most=1)
+        hyperparameter = hyperparameter.as_number
     if hyperparameter.kind in ("number", "count"):
         several = tasks is not None and np.shape(value) == (tasks,)
         return [problem for one in (value if several else [value]) for problem in _range_problem(hyperparameter, one)]
@@ -193,6 +208,9 @@ def checked_weights(weights: Weights, n: int, averages: bool, problems: list[str
     flat = [number for weight in numbers for number in each(weight)]
     infinite = [number for number in flat if isinstance(number, float) and not math.isfinite(number)]
     problems += [f"weight {number} is not a finite number" for number in dict.fromkeys(infinite)]
+    largest = float(np.finfo(np.float32).max)
+    large = [number for number in flat if isinstance(number, float) and largest < abs(number) < math.inf]
+    problems += [f"weight {number:g} is more than float32 holds" for number in dict.fromkeys(large)]
     return numbers
 
 

@@ -18,6 +18,7 @@ from jaxmerge.io import combine_metadata
 from jaxmerge.merging.checks import (
     Weights,
     all_paths,
+    as_adapters,
     base_problems,
     checked_dtype,
     checked_memory,
@@ -63,7 +64,7 @@ def plan_merge(
     **hyperparameters: Any,
 ) -> Plan:
     """Checks a merge. Arguments and errors are those of `jaxmerge.merge`."""
-    adapters = list(adapters)
+    adapters = as_adapters(adapters)
     if not adapters:
         raise ValueError("there is nothing to merge: no adapters")
     method, space = method_and_space(method, space, combination_type)

@@ -64,11 +64,7 @@ def of_hyperparameter(hyperparameter: Hyperparameter) -> Key:
     name, help = hyperparameter.name, hyperparameter.help
     if hyperparameter.kind == "choice":
         return Key(name, help, "choice", choices=hyperparameter.choices)
-    limits = hyperparameter
-    if hyperparameter.kind == "density":
-        # A fraction. That of what is kept is not 0: nothing would be left.
-        limits = replace(limits, kind="number", most=1, **({"above": 0} if name == "density" else {"least": 0}))
-    return Key(name, help, "number", limits=limits, varies=hyperparameter.traceable)
+    return Key(name, help, "number", limits=hyperparameter.as_number, varies=hyperparameter.traceable)
 
 
 def of_stage(name: str) -> dict[str, Key]:

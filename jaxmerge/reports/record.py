@@ -11,7 +11,7 @@ from jaxmerge.attribution import Contributions, Part, contributions
 from jaxmerge.base import Adapter
 from jaxmerge.comparison import Comparison, Record, compare
 from jaxmerge.io.recipe_file import dump, moved
-from jaxmerge.merging.checks import Weights, adapter_name
+from jaxmerge.merging.checks import Weights, adapter_name, as_adapters
 from jaxmerge.reports.advice import Advice, advise
 from jaxmerge.reports.grid import short_names
 from jaxmerge.reports.narrative import summary_of
@@ -173,7 +173,7 @@ def report(
     Raises:
         ValueError: If the adapters do not fit each other, or the result is not of these; it names every culprit.
     """
-    adapters = list(adapters)
+    adapters = as_adapters(adapters)
     record = json.loads(merged.metadata.provenance) if merged is not None else {}
     known = record.get("weights", [None] * len(adapters)) if weights is None else list(weights)
     parts = (len(adapters) > 1) + (merged is not None)
