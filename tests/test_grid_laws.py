@@ -143,9 +143,9 @@ def test_signs_scales_order_zeros_and_draws(method, space):
     turned = distance(deltas(jm.merge(adapters[::-1], weights[::-1], **options)), merged)
     if jm.METHODS[method].random or breaks(method, space, "order"):  # Each position draws for itself.
         assert turned > 1e-3
-    else:
-        # ctm stops where its energy stands still in float32: the directions are then known to about the root of that.
-        assert turned < (3e-3 if space == "ctm" else 1e-4)
+    # How often ctm improves its subspaces hangs on rounding: it is held to this as users compile it, below.
+    elif space != "ctm" or not os.environ["XLA_FLAGS"]:
+        assert turned < 1e-4
 
     zeros = [jax.tree.map(np.zeros_like, adapter) for adapter in adapters]
     for delta in deltas(jm.merge(zeros, weights, **options)).values():
@@ -159,6 +159,12 @@ def test_signs_scales_order_zeros_and_draws(method, space):
     assert bits(alone)["y"] == bits(both)["y"]
     backwards = [jm.Adapter(dict(reversed(adapter.modules.items()))) for adapter in same]
     assert bits(jm.merge(backwards, weights, **options)) == bits(both)
+
+
+def test_the_order_of_adapters_in_ctm():
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_signs_scales_order_zeros_and_draws and ctm"]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
 
 
 @pipe
