@@ -77,7 +77,8 @@ class Verification:
         method: A name in `METHODS`.
         space: A name in `SPACES`.
         modules: How many there are.
-        intact: Whether the weights have the hash that was written down with them; None where there is none.
+        intact: Whether weights and configuration have the hashes that were written down with them; None where there are
+            none.
         sampled: Those that were made again.
         error: The largest relative difference of a weight change, in the Frobenius norm; None where nothing was made.
         adapters: What it was merged from.

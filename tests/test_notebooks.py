@@ -44,5 +44,5 @@ def test_stored_outputs_are_clean(path):
     assert outputs
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     told = json.dumps([{**output, "data": {**output.get("data", {}), "image/png": ""}} for output in outputs])
-    assert "Warning" not in told
+    assert not [word for word in ("/tmp/", "Warning") if word in told]
     assert not re.findall(r"(?<![\w.<])/[a-z]+/", told)  # No path of any machine.

@@ -147,12 +147,13 @@ def save(adapter: Adapter, path: Path, *, force: bool = False) -> None:
     record = json.loads(adapter.metadata.provenance)
     recipe = take_recipe(record, path)
     config = export_config(adapter)
+    config_file = _json(config)
     tensors = {PREFIX + name: array for name, array in export_tensors(adapter).items()}
     weights = safetensors_pieces(tensors)
     record["weights_sha256"] = _hash(weights)
-    record["config_sha256"] = _hash([_json(config)])
+    record["config_sha256"] = _hash([config_file])
     files = {
-        CONFIG: _json(config),
+        CONFIG: config_file,
         WEIGHTS: weights,
         PROVENANCE: _json(record),
         CARD: card.model_card(config, record).encode(),
