@@ -213,7 +213,12 @@ def delta(lora: LoRA) -> Array:
 
     Returns:
         ``[*batch, out, in]``, float32 or wider.
+
+    Raises:
+        ValueError: If it is a whole adapter, or something else.
     """
+    if not isinstance(lora, LoRA):
+        raise ValueError(f"delta is of one module, adapter.modules[path], got {type(lora).__name__}")
     dtype = promote(lora.a.dtype, lora.b.dtype, jnp.float32)
     with precision(dtype):
         a, b = jnp.asarray(lora.a, dtype), jnp.asarray(lora.b, dtype)

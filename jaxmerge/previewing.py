@@ -172,12 +172,13 @@ def preview(adapters: Sequence[Adapter], weights: Weights = None, **arguments: A
     return preview_of(plan_merge(adapters, weights, **arguments))
 
 
-def preview_of(plan: Plan, cut_later: bool = False) -> Preview:
+def preview_of(plan: Plan, cut_later: bool = False, notes: Sequence[str] = ()) -> Preview:
     """The preview of a merge that has been checked.
 
     Args:
         plan: From `plan_merge`.
         cut_later: Whether a rule will find smaller ranks once the merge is made.
+        notes: What else to look out for, first of all.
 
     Returns:
         The preview.
@@ -209,7 +210,7 @@ def preview_of(plan: Plan, cut_later: bool = False) -> Preview:
         bytes=total,
         memory=int(_AT_REST + at_work + min(written, plan.memory)),
         seconds=None if speed is None else sum(group.seconds or 0 for group in groups) + (reading + total) / 1e9,
-        warnings=tuple(_warnings(plan, groups, record, cut_later)),
+        warnings=(*notes, *_warnings(plan, groups, record, cut_later)),
     )
 
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Adapter, Array, LoRA, promote
-from jaxmerge.catalog import all_hyperparameters
-from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, raise_problems
+from jaxmerge.catalog import METHODS, all_hyperparameters
+from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, method_and_space, raise_problems
 from jaxmerge.merging.plan import as_keys, plan_merge
 from jaxmerge.merging.staging import StageLike
 from jaxmerge.merging.steps import Plan, Setting
@@ -187,6 +187,9 @@ def _check_grid(grid: Grid, fixed: Mapping[str, Any]) -> None:
         if np.ndim(scale) != 0 or not np.isfinite(scale):
             problems.append(f"scale {scale!r} in the grid is not a finite number")
     raise_problems(problems)
+    method, _ = method_and_space(fixed["method"], fixed["space"], fixed["combination_type"])
+    if len(grid.get("seed", ())) > 1 and not METHODS[method].random:
+        raise ValueError(f"method {method} draws nothing: all seeds of the grid give the same")
 
 
 def _plan(adapters: Sequence[Adapter], merges: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any]) -> Plan:

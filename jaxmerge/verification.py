@@ -109,7 +109,7 @@ class Verification:
     def facts(self) -> list[str]:
         """What was found, in a few words each."""
         sampled = [f"{len(self.sampled)} of {self.modules} modules"] if self.sampled else []
-        error = [f"at most {100 * self.error:.2g} % off"] if self.error else []
+        error = [f"at most {_off(self.error)} off"] if self.error else []
         intact = ["all weights as they were written"] if self.intact else []
         return [_STATUS[self.status], *sampled, *error, *intact]
 
@@ -133,6 +133,11 @@ class Verification:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
+
+
+def _off(error: float) -> str:
+    """A relative difference, in words."""
+    return f"{100 * error:.2g} %" if error < 0.995 else f"{error:.3g} times its size"
 
 
 def verify(path: str | os.PathLike[str], *, modules: int | None = _SAMPLE) -> Verification:
@@ -240,8 +245,7 @@ def _compared(
     worst = max(errors, key=lambda path: errors[path])
     if errors[worst] <= _SAME[str(found.modules[worst].a.dtype)]:
         return "close", errors[worst], []
-    percent_off = f"{100 * errors[worst]:.2g} %"
-    problem = f"{found.metadata.name}: {worst} differs by {percent_off} from what its recipe makes"
+    problem = f"{found.metadata.name}: {worst} differs by {_off(errors[worst])} from what its recipe makes"
     return "different", errors[worst], [problem]
 
 

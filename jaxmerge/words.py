@@ -3,12 +3,47 @@
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
+
+# Its arguments are new in Python 3.12.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 60, 60
 
 
 def pattern(path: str) -> str:
     """A module path with its numbers starred, so that layers of one kind share it."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, cut where it is long."""
+    # Whatever is nested deep, or shared in many places, is not written out first.
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def shown(word: object) -> str:
+    """A word as it is; quoted, and cut, if it is none that can be shown."""
+    return word if isinstance(word, str) and word.isprintable() and len(word) <= 60 else short(word)
+
+
+def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """What is wrong with modules: where it is the same for the modules of all layers, once for all of them.
+
+    Args:
+        problems: Module path, and what is said of it, as in ``("layers.0.q", "lacks its factor A")``.
+
+    Returns:
+        A line for each kind of module and problem, in the order of the first of its modules.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, text in problems:
+        groups.setdefault((pattern(path), text), []).append(path)
+    return [
+        f"module {paths[0]} {text}" if len(paths) == 1 else f"module {kind} {text} ({len(paths)} such modules)"
+        for (kind, text), paths in groups.items()
+    ]
 
 
 def percent(fraction: float) -> str:

@@ -109,8 +109,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, either_way, monkeypatch):
 
     real = os.write
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         write(tmp_path / "new" / "out")
+    assert error.value.filename == str(tmp_path / "new" / "out")
     assert everything(tmp_path) == []
 
 

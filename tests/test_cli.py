@@ -218,8 +218,8 @@ def test_bases_that_differ(tmp_path, capsys, equal_ranks: Cohort):
         (["--rank", "1000"], "largest possible is 32"),
         (["--rank", "0"], "rank should be at least 1, got 0"),
         (["--density", "0", "--method", "ties"], "density should be at most 1 and above 0, got 0"),
-        (["--density", "nan", "--method", "ties"], "density should be a number, got nan"),
-        (["--weights", "1", "nan"], "weight should be a number, got nan"),
+        (["--density", "nan", "--method", "ties"], "density should be a finite number, got nan"),
+        (["--weights", "1", "nan"], "weight should be a finite number, got nan"),
         (["--combination-type", "svd", "--method", "ties"], "combination_type"),
         (["--extras", "nobody"], "extras nobody: give same, average"),
         (["--density", "0.5"], "takes no density"),
@@ -338,6 +338,33 @@ sys.exit(main(sys.argv[1:]))
         assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interruption_before_any_work_is_no_traceback(tmp_path):
+    program = """
+import builtins, sys
+from jaxmerge.cli import main
+real = builtins.__import__
+def interrupted(name, *arguments, **options):
+    if name == "jaxmerge.cli.actions":
+        raise KeyboardInterrupt
+    return real(name, *arguments, **options)
+builtins.__import__ = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "jaxmerge: interrupted; nothing was written\n")
+
+
+def test_a_seed_that_nothing_draws_from(tmp_path, capsys):
+    told = "method linear draws nothing: the seed is not used"
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--seed", 1, "--dry-run")
+    assert told in capsys.readouterr().out
+    run("merge", SMS, MOVIE, "-o", tmp_path / "out", "--seed", 1)
+    assert told in capsys.readouterr().out
+    assert "seed" not in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "seed" not in json.loads((tmp_path / "out" / "jaxmerge.json").read_text())
+
+
 def test_a_reader_that_goes_away_is_no_error_to_see():
     command = f"{sys.executable} -m jaxmerge inspect {SMS} {MOVIE} {NAMES} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -429,7 +456,7 @@ def test_a_second_run_of_the_same_shapes_compiles_nothing(tmp_path, queries):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--memory", "1kB"], "memory 1e-06 GB is too little: module"),
+        (["--memory", "1kB"], "memory 1 kB is too little: module"),
         (["--devices", "64"], "64 devices are asked for"),
         (["--mesh", "a=2,b=64"], "128 devices are asked for"),
         (["--distributed", "nowhere"], "--distributed takes nothing, or HOST:PORT"),

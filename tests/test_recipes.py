@@ -110,7 +110,7 @@ def test_every_problem_is_told_at_once_with_its_line(folder):
         "recipe.yaml:11: rank should be at least 1, got 0",
         "recipe.yaml:12: unknown stage calibrat; did you mean calibrate?",
         "recipe.yaml:12: unknown key factr; did you mean factor?",
-        "recipe.yaml:12: floor should be above 0, got 0",
+        "recipe.yaml:12: stage calibrate: floor should be above 0, got 0",
         "recipe.yaml:13: seed should be at least 0 and at most 4.29497e+09, got -1",
         "recipe.yaml:14: unknown dtype float13; did you mean float32?",
         "recipe.yaml:15: ranks are found by one rule: rank and energy are given",
@@ -248,13 +248,18 @@ def test_every_key_misspelt_is_an_error_that_names_it(folder, place):
         ]),
         ("adapters: [a, b]\nenergy: [0.5, 0.9]\n", ["recipe.yaml:2: energy should be a number, got [0.5, 0.9]"]),
         ("adapters: [{path: a, weight: .inf}, {path: b, weight: .nan}]\n", [
-            "recipe.yaml:1: weight should be a number, got inf", "recipe.yaml:1: weight should be a number, got nan",
+            "recipe.yaml:1: weight should be a finite number, got inf",
+            "recipe.yaml:1: weight should be a finite number, got nan",
         ]),
         ("adapters: [a, b]\nallow_different_bases: no\n", [
             "recipe.yaml:2: allow_different_bases should be true or false, got 'no'"
         ]),
         ("adapters: [{path: a, sha256: abc}, b]\n", [
             "recipe.yaml:1: sha256 should be 64 hexadecimal digits, got 'abc'"
+        ]),
+        ("adapters: [{path: a, name: \"x\\u202ey\"}, b]\n\"z\\e[2J\": 1\n", [
+            r"recipe.yaml:1: name should be a text without control characters, got 'x\u202ey'",
+            r"recipe.yaml:2: unknown key 'z\x1b[2J': jaxmerge schema says what a recipe has",
         ]),
         ("adapters: [{path: a, scan_axis: -1}, {path: b, alpha: two, pattern: [x]}]\n", [
             "recipe.yaml:1: scan_axis should be a whole number from 0, none, or some, got -1",
@@ -281,10 +286,10 @@ def test_every_key_misspelt_is_an_error_that_names_it(folder, place):
         ("adapters: [a, b]\nstages: [{scale: 2}]\n", ["recipe.yaml:2: stage scale takes a mapping with factor"]),
         ("adapters: [a, b]\nstages: [{scale: {factor: 1}, lines: {}}]\n", [
             "recipe.yaml:2: a stage is a name, or a mapping as in scale: {factor: 0.8}, not "
-            "{'scale': {'factor': 1}, 'lines': {}}"
+            "{'lines': {}, 'scale': {'factor': 1}}"
         ]),
         ("adapters: [a, b]\nstages: [{lines: {alpha: [1, 2]}}]\n", [
-            "recipe.yaml:2: alpha should be a number, got [1, 2]"
+            "recipe.yaml:2: stage lines: alpha should be a number, got [1, 2]"
         ]),
         ("adapters: [a, b]\nstages: [{norm_restore: {scope: whole}}, calibrate]\n", [
             "recipe.yaml: stage calibrate comes after norm_restore over the whole model: only lines and scale can"
@@ -431,3 +436,14 @@ def test_dtypes_are_those_of_a_merge(folder):
         assert plan_merge(adapters, dtype=dtype)
     with pytest.raises(ValueError, match=f"dtype int8 is not one of {', '.join(keys.DTYPES)}"):
         plan_merge(adapters, dtype="int8")
+
+
+def test_aliases_of_aliases_are_told_at_once(tmp_path):
+    """A billion texts, in eight lines."""
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]" for i in range(9)]
+    told = problems("\n".join(["adapters: [a, b]", *lines, "method: *a8"]), tmp_path)
+    assert told == ["recipe.yaml: is larger than any recipe, by what its aliases stand for"]
+    few = problems(
+        "\n".join(["adapters: [a, b]", f"rank: &a [{', '.join('x' * 99)}]", "method: [*a, *a, *a]"]), tmp_path
+    )
+    assert max(map(len, few)) < 120

@@ -200,7 +200,7 @@ def test_inputs_of_inner_recipes_are_not_overwritten(folder, tmp_path, capsys):
     (tmp_path / "chain.yaml").write_text(f"adapters: [{{recipe: {folder}/recipe.yaml}}]\n")
     before = contents(folder / "a")
     run("merge", tmp_path / "chain.yaml", "-o", folder / "a", "--force", code=1)
-    assert told(capsys) == [f"{folder}/a: is one of the adapters to merge, and would be overwritten"]
+    assert told(capsys) == [f"{folder}/a: is read, and would be overwritten"]
     assert contents(folder / "a") == before
 
 

@@ -373,7 +373,7 @@ TWO = "models: [{model: x+a, parameters: {weight: 1}}, {model: x+b, parameters: 
         ]),
         (f"merge_method: linear\n{TWO}adapters: [a]\n", [
             "recipe.yaml:1: unknown key merge_method; did you mean method?",
-            "recipe.yaml:2: unknown key models: a recipe has",
+            "recipe.yaml:2: unknown key models: jaxmerge schema says what a recipe has",
         ]),
     ],
 )  # fmt: skip

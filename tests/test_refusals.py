@@ -54,6 +54,9 @@ def lora(**config) -> peft.LoraConfig:
     return peft.LoraConfig(**{"r": 2, "target_modules": ["first", "third"], "init_lora_weights": False, **config})
 
 
+LORA = jm.LoRA(np.ones((2, 6), np.float32), np.ones((5, 2), np.float32))
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A sound adapter, to be spoiled."""
@@ -282,6 +285,10 @@ def test_a_configuration_that_cannot_be_read_is_refused(folder, text):
         ({"rank_pattern": ["first"]}, "rank_pattern"),
         ({"rank_pattern": "first"}, "rank_pattern"),
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path"),
+        ({"base_model_name_or_path": "a\x1b[31mb"}, r"base_model_name_or_path in adapter_config.json is 'a\x1b[31mb'"),
+        ({"use_rslora": "yes"}, "use_rslora in adapter_config.json is 'yes', not true or false"),
+        ({"fan_in_fan_out": 1}, "fan_in_fan_out in adapter_config.json is 1, not true or false"),
+        ({"target_modules": "first("}, "target_modules in adapter_config.json is not a regular expression: missing )"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -324,6 +331,33 @@ def test_every_spoiled_module_is_told(folder):
 
     edit_tensors(folder, spoil)
     assert_refused(folder, "module first lacks its factor A", "module third has factors of shapes", lines=2)
+
+
+def test_what_is_wrong_in_all_layers_is_told_once(tmp_path):
+    folder = tmp_path / "layers"
+    paths = [f"layers.{i}.{name}" for i in range(12) for name in ("q", "k")]
+    jm.save(jm.Adapter(dict.fromkeys(paths, LORA)), folder)
+    edit_config(folder, r=3)
+    says = "has rank 2, but adapter_config.json says 3 (12 such modules)"
+    assert_refused(folder, f"module layers.*.q {says}", f"module layers.*.k {says}", lines=2)
+    wide = jm.LoRA(LORA.a, np.ones((7, 2), np.float32))
+    others = [
+        jm.Adapter(dict.fromkeys(paths, lora), metadata=jm.Metadata(name=n)) for n, lora in (("a", LORA), ("b", wide))
+    ]
+    with pytest.raises(ValueError, match="has different shapes") as error:
+        jm.merge(others)
+    shapes = "has different shapes: 5×6 in a; 7×6 in b (12 such modules)"
+    assert str(error.value).splitlines() == [f"module layers.*.{name} {shapes}" for name in ("q", "k")]
+
+
+def test_a_name_that_cannot_be_shown_is_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"x\x1b[2J.lora_A.weight": tensors["first.lora_A.weight"]}))
+    assert_refused(folder, r"characters in its name that cannot be shown: '", r"x\x1b[2J.lora_A")
+
+
+def test_the_change_of_a_whole_adapter_is_none():
+    with pytest.raises(ValueError, match=r"delta is of one module, adapter\.modules\[path\], got Adapter"):
+        jm.delta(jm.Adapter({"m": LORA}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -524,6 +558,7 @@ def refused(match: str, *arguments, **keywords) -> str:
         ("rank 9 is more .* the largest possible is 4", {"rank": 9}),
         ("rank 9 is more .* the largest possible is 5", {"rank": 9, "method": "ties", "density": 0.5}),
         ("rank 3 is more .* the largest possible is 2", {"rank": 3, "combination_type": "linear"}),
+        ("agreeing is 3, and there are 2 adapters", {"method": "consensus", "agreeing": 3}),
         ("dtype int32 is not one of float32, bfloat16", {"dtype": "int32"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

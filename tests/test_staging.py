@@ -287,7 +287,7 @@ def test_one_program_whatever_the_numbers():
     [
         (["nonsense"], "unknown stage 'nonsense': there are isotropize"),
         (["scale"], "stage scale needs factor"),
-        ([("scale", {"factor": float("nan")})], "factor should be a number"),
+        ([("scale", {"factor": float("nan")})], "stage scale: factor should be a finite number"),
         ([("calibrate", {"floor": -1.0})], "floor should be above 0"),
         ([("isotropize", {"floor": 1.0})], "stage isotropize has no floor: it takes nothing"),
         ([("norm_restore", {"scope": "half"})], "scope 'half' is not one of module, whole"),
@@ -420,7 +420,7 @@ def test_a_recipe_truncates_by_depth_and_by_one_rule(tmp_path):
     for stage, words in (("truncate", "none was given"), ("{truncate: {rank: 2, energy: 0.5}}", "rank and energy was")):
         with pytest.raises(ValueError, match=f"recipe.yaml:2: stage truncate takes one of rank, energy, .*: {words}"):
             merged(f"[{stage}]")
-    with pytest.raises(ValueError, match=r"recipe.yaml:2: rank should be a whole number, got 1.5"):
+    with pytest.raises(ValueError, match=r"recipe.yaml:2: stage truncate: rank should be a whole number, got 1.5"):
         merged("[{truncate: {rank: 1.5}}]")
 
 

@@ -128,6 +128,7 @@ def test_nothing_is_compiled_twice():
         ({"weights": [[1, 1, 1], [1, 1]]}, {}, "2 weights for 3"),
         ({"scale": [np.inf]}, {}, "not a finite number"),
         ({"scale": [1.0]}, {"method": "dare_linear", "density": 0.5}, "key"),
+        ({"seed": [0, 1]}, {"method": "ties", "density": 0.5}, "method ties draws nothing: all seeds of the grid"),
     ],
 )
 def test_grids_that_do_not_fit(grid, fixed, words):

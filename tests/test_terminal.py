@@ -56,7 +56,7 @@ def folders(tmp_path, monkeypatch):
     ("merge A -o B --space knot", "argument --space: there is no knot; did you mean knots?"),
     ("merge A -o B --stage isotropise", "there is no stage isotropise; did you mean isotropize?"),
     ("convert A B --format tunik", "argument --format: there is no tunik; did you mean tunix?"),
-    ("merge A -o B --method qqq", "argument --method: invalid choice: 'qqq' (choose from"),
+    ("merge A -o B --method qqq", "argument --method: there is no qqq: there are linear, ties, dare_linear"),
     ("methods more", "unrecognized arguments: more"),
     ("completion bahs", "there is no bahs; did you mean bash?"),
 ])  # fmt: skip

@@ -171,7 +171,9 @@ METHODS: Mapping[str, Method] = {
                 default=0.4,
                 least=0,
             ),
-            Hyperparameter("agreeing", "how many tasks must use an entry", "count", default=2, least=1),
+            Hyperparameter(
+                "agreeing", "how many tasks must use an entry", "count", default=2, least=1, of_adapters=True
+            ),
         ),
     ),
     "nearswap": Method(

@@ -30,8 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the process if None.
 
     Returns:
-        The exit code: 0, or 1 for a problem with the inputs. A usage error exits with 2.
+        The exit code: 0, or 1 for a problem with the inputs. A command line that is not understood exits with 2, and
+        an interruption with 130.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("jaxmerge: interrupted; nothing was written\n")
+        sys.stderr.flush()
+        # XLA's threads may be at work still, and would be while the interpreter is taken down around them.
+        os._exit(130)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     _use_any_output()
     parser, given = build_parser(), list(sys.argv[1:] if arguments is None else arguments)
     if not given:
@@ -58,11 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"jaxmerge: the report cannot be printed: {error.strerror}; what is written stays\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("jaxmerge: interrupted; nothing was written\n")
-        sys.stderr.flush()
-        # XLA's threads may be at work still, and would be while the interpreter is taken down around them.
-        os._exit(130)
     return code
 
 

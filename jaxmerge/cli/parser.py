@@ -4,7 +4,7 @@ import argparse
 import itertools
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxmerge.words import nearest
@@ -42,10 +42,14 @@ class Parser(argparse.ArgumentParser):
         options = [text.partition("=")[0] for text in own if text.startswith("--") and " " not in text]
         known = [name for name in self._option_string_actions if name.startswith("--")]
         unknown = [option for option in options if not any(name.startswith(option) for name in known)]
-        return [f"there is no option {option}{_meant(option, known)}" for option in unknown]
+        # Without the dashes, by which all are alike.
+        names = [name[2:] for name in known]
+        return [f"there is no option {option}{_meant(option[2:], names, '--')}" for option in unknown]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices and (meant := _meant(value, action.choices)):
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            meant = _meant(value, known) or f": there {'are' if len(known) > 1 else 'is'} {', '.join(known)}"
             raise argparse.ArgumentError(action, f"there is no {value}{meant}")
         super()._check_value(action, value)
 
@@ -55,9 +59,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help says more\n")
 
 
-def _meant(word: str, known: Any) -> str:
-    meant = nearest(word, map(str, known))
-    return f"; did you mean {meant}?" if meant else ""
+def _meant(word: str, known: Iterable[str], before: str = "") -> str:
+    meant = nearest(word, known)
+    return f"; did you mean {before}{meant}?" if meant else ""
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -164,6 +164,8 @@ def save(
 
 def as_path(path: str | Path) -> Any:
     """A path on this machine; or one that Orbax knows how to reach, such as ``gs://bucket/folder``."""
+    if str(path) == "":
+        raise ValueError("a path is empty")
     if "://" not in str(path):
         return Path(path)
     from etils import epath
@@ -184,7 +186,10 @@ def _check_values(adapter: Adapter) -> None:
     if vanished := [name for name, lora in adapter.modules.items() if _vanished(lora, adapter.energy.get(name))]:
         raise ValueError(f"module {vanished[0]} is too small for {adapter.modules[vanished[0]].a.dtype}: it became 0")
     if broken := nonfinite_modules(adapter):
-        raise ValueError(f"module {broken[0]} holds numbers too large for {adapter.modules[broken[0]].a.dtype}, or NaN")
+        dtype = adapter.modules[broken[0]].a.dtype
+        raise ValueError(
+            f"module {broken[0]} holds numbers too large for {dtype}, or NaN; smaller weights, or another dtype, may do"
+        )
 
 
 def _vanished(lora: LoRA, energy: Energy | None) -> bool:
@@ -219,7 +224,7 @@ def overlap_problems(paths: Sequence[Path], output: Path) -> list[str]:
             continue
         source = Path(os.path.realpath(path))
         if target == source or (output.exists() and target == _peft_folder(path)):
-            problems.append(f"{output}: is one of the adapters to merge, and would be overwritten")
+            problems.append(f"{output}: is read, and would be overwritten")
         elif target in source.parents and output.exists():
             problems.append(f"{output}: holds {path}, which is read, and would be overwritten")
         elif source in target.parents and is_orbax(source):

@@ -12,7 +12,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def write_folder(
     """
     check_target(path, force, marker)
     path = path.resolve()
-    with contextlib.ExitStack() as stack:
+    with _named(path), contextlib.ExitStack() as stack:
         handles = _write_unnamed(existing_ancestor(path.parent), files, stack)
         made = _make_parents(path.parent)
         staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
@@ -88,6 +88,15 @@ def write_folder(
                     parent.rmdir()
             raise
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors name what is written, and not the files that it is made of on the way."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from error
 
 
 def check_file_target(path: Path, force: bool) -> None:
@@ -123,7 +132,7 @@ def write_file(path: Path, data: Contents, *, force: bool) -> None:
     """
     check_file_target(path, force)
     path = path.resolve()
-    with contextlib.ExitStack() as stack:
+    with _named(path), contextlib.ExitStack() as stack:
         handles = _write_unnamed(existing_ancestor(path.parent), {path.name: data}, stack)
         _make_parents(path.parent)
         staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"

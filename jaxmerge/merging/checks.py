@@ -16,6 +16,7 @@ from jaxmerge.catalog import COMBINATION_TYPES, DTYPES, METHODS, SPACES, STAGES,
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
 from jaxmerge.values import each
+from jaxmerge.words import by, folded, short
 
 Weights = Sequence[ArrayLike | Mapping[str, ArrayLike]] | Array | None
 
@@ -123,6 +124,9 @@ def hyperparameter_problems(
         if value is not None or not optional:
             tasks = n if name in METHODS[method].per_adapter else None
             problems += hyperparameter_problem(f"method {method}", hyperparameter, value, tasks)
+        # The default is for any number of them.
+        if hyperparameter.of_adapters and isinstance(value, int) and value > max(n, hyperparameter.default):
+            problems.append(f"{name} is {value}, and there are {n} adapters")
     return list(dict.fromkeys(problems))
 
 
@@ -133,6 +137,11 @@ def one_of_problems(stage: str, given: Collection[str]) -> list[str]:
         return []
     known = ", ".join(h.name for h in row.hyperparameters)
     return [f"stage {stage} takes one of {known}: {' and '.join(given) or 'none'} was given"]
+
+
+def of_stage(name: str, problem: str) -> str:
+    """A problem with a stage's hyperparameter, which is told with the stage: several stages may have one."""
+    return problem if problem.startswith("stage ") else f"stage {name}: {problem}"
 
 
 def hyperparameter_problem(
@@ -180,9 +189,9 @@ def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
         return []
     name, number = hyperparameter.name, None if isinstance(value, bool) else _number(value)
     if not isinstance(number, float) or not math.isfinite(number):
-        return [f"{name} should be a number, got {value!r}"]
+        return [f"{name} should be a {'finite ' if isinstance(number, float) else ''}number, got {short(value)}"]
     if (hyperparameter.kind == "count" or hyperparameter.whole) and number != int(number):
-        return [f"{name} should be a whole number, got {value!r}"]
+        return [f"{name} should be a whole number, got {short(value)}"]
     bounds = {"at least": hyperparameter.least, "at most": hyperparameter.most,
               "above": hyperparameter.above, "below": hyperparameter.below}  # fmt: skip
     holds = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -306,6 +315,7 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     problems = [
         f"{adapter_name(adapters, i)}: holds no modules" for i, adapter in enumerate(adapters) if not adapter.modules
     ]
+    found: list[tuple[str, str]] = []
     for path in all_paths(adapters):
         seen: dict[tuple[Any, ...], list[str]] = {}
         for index, adapter in enumerate(adapters):
@@ -316,9 +326,9 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
                 problems.append(f"{name}: factors of {path} do not match: a {lora.a.shape}, b {lora.b.shape}")
             seen.setdefault((*lora.batch, *lora.features), []).append(name)
         if len(seen) > 1:
-            shapes = "; ".join(f"{'×'.join(map(str, shape))} in {', '.join(who)}" for shape, who in seen.items())
-            problems.append(f"module {path} has different shapes: {shapes}")
-    return problems
+            shapes = "; ".join(f"{by(*shape)} in {', '.join(who)}" for shape, who in seen.items())
+            found.append((path, f"has different shapes: {shapes}"))
+    return problems + folded(found)
 
 
 def base_problems(adapters: Sequence[Adapter], allow: bool) -> list[str]:

@@ -42,6 +42,7 @@ from jaxmerge.merging.staging import StageLike, checked_stages
 from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.values import at
 from jaxmerge.version import versions
+from jaxmerge.words import size
 
 
 def plan_merge(
@@ -191,7 +192,7 @@ def memory_problems(
     for (bucket, _), paths in buckets.items():
         need = program.need(bucket)
         if need > budget:
-            return [f"memory {budget / 1e9:.3g} GB is too little: module {paths[0]} takes {need / 1e9:.2g} GB"]
+            return [f"memory {size(budget)} is too little: module {paths[0]} takes {size(need)}"]
     return []
 
 

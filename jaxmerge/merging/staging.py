@@ -23,6 +23,7 @@ from jaxmerge.merging.checks import (
     coverage_problems,
     hyperparameter_problem,
     listing,
+    of_stage,
     one_of_problems,
 )
 from jaxmerge.sharding import laid_out, placement, seen_everywhere
@@ -102,7 +103,7 @@ def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], prob
         problems += [f"stage {name} has no {other}: {takes}" for other in values if other not in known]
         own = STAGES[name].taken(values)
         found = [
-            problem for other, value in own.items()
+            of_stage(name, problem) for other, value in own.items()
             for problem in hyperparameter_problem(f"stage {name}", known[other], value)
         ]  # fmt: skip
         found += one_of_problems(name, own)

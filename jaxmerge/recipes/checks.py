@@ -9,6 +9,7 @@ from jaxmerge.merging.checks import (
     hyperparameter_problem,
     hyperparameters_of,
     method_and_space,
+    of_stage,
     one_of_problems,
     sign_problems,
 )
@@ -17,7 +18,7 @@ from jaxmerge.recipes.keys import Key, value_problems
 from jaxmerge.recipes.model import Gradient, Recipe, Rules, Source
 from jaxmerge.recipes.places import Place, Problem
 from jaxmerge.recipes.varying import leaves
-from jaxmerge.words import nearest
+from jaxmerge.words import nearest, short
 
 
 def recipe_problems(recipe: Recipe) -> list[Problem]:
@@ -31,6 +32,18 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
     """
     inner = [source.recipe for source in recipe.adapters if source.recipe is not None]
     return own_problems(recipe) + [problem for one in inner for problem in recipe_problems(one)]
+
+
+def notes_of(recipe: Recipe) -> list[str]:
+    """What a recipe without problems says that is not as it may seem, a line each."""
+    cell = cell_of(recipe)
+    draws = cell is not None and METHODS[cell[0]].random
+    unused = (
+        []
+        if recipe.seed is None or draws
+        else [f"method {cell[0] if cell else ''} draws nothing: the seed is not used"]
+    )
+    return [*recipe.notes, *unused]
 
 
 def own_problems(recipe: Recipe) -> list[Problem]:
@@ -99,7 +112,8 @@ def _values(recipe: Recipe) -> _Found:
     for i, stage in enumerate(recipe.stages):
         known = keys.of_stage(stage.name) if stage.name else {}
         for name, value in stage.values.items():
-            yield from _value(recipe, known[name], value, ("stages", i, stage.name, name))
+            at = ("stages", i, stage.name, name)
+            yield from ((place, of_stage(stage.name, text)) for place, text in _value(recipe, known[name], value, at))
 
 
 def _value(recipe: Recipe, key: Key, value: Any, place: Place) -> _Found:
@@ -114,7 +128,7 @@ def _value(recipe: Recipe, key: Key, value: Any, place: Place) -> _Found:
         if rule.match is None and i < len(value.rules) - 1:
             yield (*place, i), f"a rule of {key.name} without match takes all modules: it comes last"
         if rule.match is not None and not (isinstance(rule.match, str) and rule.match):
-            yield (*place, i, "match"), f"match should be a text, got {rule.match!r}"
+            yield (*place, i, "match"), f"match should be a text, got {short(rule.match)}"
         yield from _value(recipe, key, rule.value, (*place, i, "value"))
 
 

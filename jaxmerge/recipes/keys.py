@@ -17,6 +17,7 @@ from jaxmerge.catalog import (
     all_hyperparameters,
 )
 from jaxmerge.recipes.places import unknown
+from jaxmerge.words import short
 
 # Of what is written. A recipe inside of another writes nothing.
 WRITING = ("format", "layout", "head_dim", "layers")
@@ -143,14 +144,14 @@ def value_problems(key: Key, value: Any, user: str = "") -> list[str]:
         from jaxmerge.merging.checks import hyperparameter_problem
 
         if not isinstance(value, numbers.Real):  # A number in quotes is none.
-            return [f"{name} should be a number, got {value!r}"]
+            return [f"{name} should be a number, got {short(value)}"]
         return hyperparameter_problem(user, key.limits, value)
     if key.kind == "choice" and value not in key.choices:
         return [_unknown_choice(key, value)]
     if key.kind == "flag" and not isinstance(value, bool):
-        return [f"{name} should be true or false, got {value!r}"]
+        return [f"{name} should be true or false, got {short(value)}"]
     wanted = _WANTED.get(key.kind)
-    return [f"{name} should be {wanted[0]}, got {value!r}"] if wanted and not wanted[1](value) else []
+    return [f"{name} should be {wanted[0]}, got {short(value)}"] if wanted and not wanted[1](value) else []
 
 
 def _unknown_choice(key: Key, value: Any) -> str:
@@ -159,7 +160,7 @@ def _unknown_choice(key: Key, value: Any) -> str:
         if isinstance(value, str) and value in other[1]:
             return f"unknown {key.name} {value}: that is a {other[0]}"
     if not isinstance(value, str):
-        return f"{key.name} should be a text, got {value!r}"
+        return f"{key.name} should be a text, got {short(value)}"
     return unknown(key.name, value, key.choices)
 
 
@@ -178,7 +179,10 @@ def _is_pattern(value: Any) -> bool:
 HASH = "^[0-9a-f]{64}$"
 
 _WANTED = {
-    "text": ("a text", lambda value: isinstance(value, str) and value != ""),
+    "text": (
+        "a text without control characters",
+        lambda value: isinstance(value, str) and value != "" and value.isprintable(),
+    ),
     "extras": ("same, average, or an adapter", lambda value: isinstance(value, str) or _is_count(value, 1)),
     "alpha": ("a number, or rank", lambda value: value == "rank" or _is_number(value)),
     "scan_axis": (

@@ -10,6 +10,8 @@ from jaxmerge.io.recipe_file import parse_scalar
 from jaxmerge.recipes.places import Place, Problem
 
 _MERGE = "<<"
+# Parts of a document, of which a recipe for a thousand adapters has some ten thousand.
+_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,20 @@ def parse(text: str, file: str, problems: list[Problem]) -> Node | None:
     if root is None:
         problems.append(Problem(file, 0, "is empty"))
         return None
-    return _Builder(file, problems).node(root)
+    made = _Builder(file, problems).node(root)
+    if _parts(made, {}) > _MOST:
+        problems.append(Problem(file, 0, "is larger than any recipe, by what its aliases stand for"))
+        return None
+    return made
+
+
+def _parts(node: Node, known: dict[int, int]) -> int:
+    """How many nodes there are, those that aliases stand for counted each time."""
+    if id(node) not in known:
+        value = node.value
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        known[id(node)] = 1 + sum(_parts(child, known) for child in inner)
+    return known[id(node)]
 
 
 class _Builder:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxmerge.words import nearest
+from jaxmerge.words import nearest, shown
 
 # Keys and positions from the top of a recipe, as in ``("adapters", 0, "weight")``.
 Place = tuple[str | int, ...]
@@ -62,7 +62,7 @@ def told(problems: Iterable[Problem]) -> str:
 def unknown(kind: str, word: object, known: Sequence[str], listed: str = "there are") -> str:
     """That a word is none of those that are known, and which one may have been meant."""
     meant = nearest(str(word), known)
-    return f"unknown {kind} {word}" + (f"; did you mean {meant}?" if meant else f": {listed} {', '.join(known)}")
+    return f"unknown {kind} {shown(word)}" + (f"; did you mean {meant}?" if meant else f": {listed} {', '.join(known)}")
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:

@@ -12,7 +12,10 @@ from jaxmerge.recipes.checks import recipe_problems
 from jaxmerge.recipes.model import UNREAD, Gradient, Recipe, Rule, Rules, Source, Stage
 from jaxmerge.recipes.nodes import Node, parse
 from jaxmerge.recipes.places import Place, Places, Problem, raise_problems, unknown
-from jaxmerge.words import nearest
+from jaxmerge.words import nearest, short, shown
+
+# As many keys are listed in a line.
+_LISTED = 12
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -116,6 +119,8 @@ class _Reader:
             return f"{name} is not an adapter's own: it belongs to the recipe"
         if table is keys.RECIPE and name in ("path", "recipe", "name", "weight", "weights"):
             return f"{name} belongs to an adapter, as in adapters: [{{path: ..., weight: 0.5}}]"
+        if len(table) > _LISTED and nearest(name, table) is None:
+            return f"unknown key {shown(name)}: jaxmerge schema says what {owner} has"
         return unknown("key", name, list(table), f"{owner} has")
 
     def adapters(self, node: Node) -> tuple[Source, ...]:
@@ -128,7 +133,7 @@ class _Reader:
         if isinstance(node.value, str):
             return Source(path=node.value)
         if not isinstance(node.value, dict):
-            self.tell(node.line, f"an adapter is a path, or a mapping with path or recipe, not {node.plain()!r}")
+            self.tell(node.line, f"an adapter is a path, or a mapping with path or recipe, not {short(node.plain())}")
             return Source()
         own = self.known(node, keys.ADAPTER, "an adapter", place)
         given = [name for name in ("path", "recipe") if name in node.value or (*place, name) in self.meant]
@@ -151,7 +156,7 @@ class _Reader:
         if isinstance(node.value, dict):
             return _Reader(self.file, self.folder, self.above, []).recipe(node, inner=True)
         if not isinstance(node.value, str):
-            self.tell(node.line, f"recipe should be the path of a recipe, or a mapping, got {node.plain()!r}")
+            self.tell(node.line, f"recipe should be the path of a recipe, or a mapping, got {short(node.plain())}")
             return None
         path = located(self.folder, node.value)
         real = os.path.realpath(path)
@@ -173,7 +178,9 @@ class _Reader:
         if isinstance(node.value, dict) and len(node.value) == 1:
             ((name, values),) = node.value.items()
         if not isinstance(name, str):
-            self.tell(node.line, f"a stage is a name, or a mapping as in scale: {{factor: 0.8}}, not {node.plain()!r}")
+            self.tell(
+                node.line, f"a stage is a name, or a mapping as in scale: {{factor: 0.8}}, not {short(node.plain())}"
+            )
             return Stage("")
         if name not in STAGES:
             self.tell(node.line, unknown("stage", name, list(STAGES)))

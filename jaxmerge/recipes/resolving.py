@@ -35,6 +35,8 @@ def resolved(recipe: Recipe, sources: Sequence[Recipe | Adapter]) -> Recipe:
         hyperparameters = {**defaults, **hyperparameters}
     equal = 1.0 if row.averages else 1.0 / len(recipe.adapters)
     position = extras_position(recipe)
+    if not row.random:
+        filled["seed"] = None
     if isinstance(position, int):
         filled["extras"] = recipe.adapters[position].name or position + 1
     return dataclasses.replace(

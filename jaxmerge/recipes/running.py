@@ -233,7 +233,7 @@ def _merged(loaded: Loaded, workplace: Workplace) -> tuple[Adapter, list[Adapter
             results.append(result if overflow is None else overflow.keep(result))
             advance(len(result))
     merged = plan.finish(results)
-    if recipe.seed is not None:
+    if plan.program.row.random and recipe.seed is not None:
         merged = _with_record(merged, {**json.loads(merged.metadata.provenance), "seed": recipe.seed})
     rule = truncation(recipe)
     return truncate(merged, rule) if rule else merged, list(plan.adapters)

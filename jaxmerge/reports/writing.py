@@ -25,6 +25,8 @@ def check_target(
         ValueError: If the ending is another, something is there that may not be replaced, or its folder is not there
             or not writable, or it would be one of an adapter's own files.
     """
+    if str(path).endswith(os.sep):
+        raise ValueError(f"report {path}: is no name of a file")
     path, forms = Path(path), tuple(forms)
     if path.suffix.lower() not in forms:
         raise ValueError(f"report {path}: give a file that ends in {', '.join(forms[:-1])} or {forms[-1]}")

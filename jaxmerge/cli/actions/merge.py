@@ -20,6 +20,7 @@ from jaxmerge.io.recipe_file import RECIPE, is_ours
 from jaxmerge.layouts import Conversion
 from jaxmerge.previewing import preview_of
 from jaxmerge.recipes.arguments import conversion, files, truncation
+from jaxmerge.recipes.checks import notes_of
 from jaxmerge.recipes.headers import inspect
 from jaxmerge.recipes.model import Recipe
 from jaxmerge.recipes.places import told
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         if problems or found.plan is None:
             return report_problems(list(dict.fromkeys(problems)), options.json)
         if options.dry_run:
-            preview = preview_of(found.plan, cut_later=truncation(recipe) is not None)
+            preview = preview_of(found.plan, cut_later=truncation(recipe) is not None, notes=notes_of(recipe))
             return report({"ok": True, **preview.to_json()}, options.json, lambda _: print_preview(preview))
         beside = existing_ancestor(Path(options.output).parent)
         merged, adapters = run_recipe(recipe, Workplace(**places, spill=beside, progress=progress))

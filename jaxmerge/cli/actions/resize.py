@@ -53,6 +53,8 @@ def summarise(
         f"rank {before} to {after} keeps {percent(kept)} of the energy, in {percent(parameters[1] / parameters[0])} of "
         "the numbers"
     ]
+    if all(module["rank"] == module["rank_before"] for module in modules.values()):
+        remarks.append("no module has more: nothing was cut")
     if all(float(energy.total) == 0 for energy in resized.energy.values()):
         remarks = ["the adapter is 0 everywhere"]
     if resized.extras:

@@ -13,6 +13,7 @@ from jaxmerge.cli.console import out, table
 from jaxmerge.io.card import called
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.metrics import energy_at_rank, spectra
+from jaxmerge.recipes.checks import notes_of
 from jaxmerge.recipes.model import Recipe
 from jaxmerge.values import described, settings
 from jaxmerge.words import kept_span, pattern, percent, span
@@ -59,7 +60,7 @@ def summarise(
             name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
         },
     }
-    remarks = [*recipe.notes, *_remarks(adapters, merged, kept)]
+    remarks = [*notes_of(recipe), *_remarks(adapters, merged, kept)]
     return summary | {"remarks": remarks + format_remarks(recipe.format, adapters, merged, written)}
 
 
@@ -90,7 +91,11 @@ def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]
         )
         exact = min(exact, max(min(lora.features) for lora in merged.modules.values()))
         more = f"the exact rank is {exact}" if METHODS[record["method"]].linear else "a higher --rank keeps more"
-        remarks.append(f"rank {span(ranks)} keeps {percent(kept)} of the energy; {more}")
+        # At the largest rank there is, what lacks is rounding.
+        rest = f"; {more}" if max(ranks) < exact else ""
+        remarks.append(f"rank {span(ranks)} keeps {percent(kept)} of the energy{rest}")
+    elif len(remarks) == 0:
+        remarks.append(f"rank {span(ranks)} holds all of the merge")
     missed = sum(float(energy.missed) for energy in merged.energy.values())
     captured = sum(float(energy.total) - float(energy.lost) for energy in merged.energy.values())
     if missed > 1e-3 * captured:

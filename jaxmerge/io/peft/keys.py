@@ -4,13 +4,15 @@ Nothing here reads a file; keys, shapes and the configuration go in, and a `Cont
 everything that stands in the way of a merge told in words.
 """
 
+import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmerge.io import products
+from jaxmerge.words import folded, short
 
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -143,13 +145,9 @@ def read_contents(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) 
     if not modules and not problems:
         whats = f"{products.NAMES[kind]} factors" if kind in products.NAMES else "LoRA factors (no lora_A and lora_B)"
         problems.append(f"holds no {whats}")
-    for path, module in modules.items():
-        if kind == "LORA":
-            problem = _check_module(path, module, tensors, config)
-        else:
-            problem = _check_product(path, module, tensors, config, kind)
-        if problem:
-            problems.append(problem)
+    check = _check_module if kind == "LORA" else functools.partial(_check_product, kind=kind)
+    found = [(path, check(path, module, tensors, config)) for path, module in modules.items()]
+    problems += folded((path, problem) for path, problem in found if problem)
     return Contents(modules, extras, problems, _own_base(config), kind)
 
 
@@ -167,15 +165,21 @@ def _config_problems(config: Mapping[str, Any], kind: str) -> list[str]:
         if name.startswith("use_") and value and name not in _KNOWN_SWITCHES[kind]:
             variant = products.NAMES.get(kind, "LoRA")
             problems.append(f"sets {name} in adapter_config.json, a variant of {variant} that jaxmerge does not know")
+        elif name in ("use_rslora", "fan_in_fan_out") and not isinstance(value, bool | None):
+            problems.append(f"{name} in adapter_config.json is {short(value)}, not true or false")
     for name in ("r", "lora_alpha" if kind == "LORA" else "alpha"):
         value = config.get(name, 8)
         if not _is_number(value):
-            problems.append(f"{name} in adapter_config.json is {_short(value)}, not a number")
+            problems.append(f"{name} in adapter_config.json is {short(value)}, not a number")
     for name in ("base_model_name_or_path", "bias"):
-        if not isinstance(config.get(name) or "", str):
-            problems.append(f"{name} in adapter_config.json is {_short(config[name])}, not a name")
+        value = config.get(name) or ""
+        if not isinstance(value, str) or not value.isprintable():
+            problems.append(f"{name} in adapter_config.json is {short(value)}, not a name")
     for name in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(name, config.get(name) or {})
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and (error := _not_regular(targets)):
+        problems.append(f"target_modules in adapter_config.json is not a regular expression: {error}")
     return problems
 
 
@@ -196,23 +200,25 @@ def _is_number(value: Any) -> bool:
     return -1e30 < value < 1e30  # NaN is not, nor is an integer too long to be a float.
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _pattern_problems(name: str, patterns: Any) -> list[str]:
     if not isinstance(patterns, Mapping):
         return [f"{name} in adapter_config.json is not a mapping"]
     problems = []
     for pattern, value in patterns.items():
         if not _is_number(value):
-            problems.append(f"{name}[{pattern!r}] in adapter_config.json is {_short(value)}, not a number")
-        try:
-            re.compile(pattern)
-        except re.error as error:
+            problems.append(f"{name}[{pattern!r}] in adapter_config.json is {short(value)}, not a number")
+        if error := _not_regular(pattern):
             problems.append(f"{name}[{pattern!r}] in adapter_config.json is not a regular expression: {error}")
     return problems
+
+
+def _not_regular(pattern: str) -> str | None:
+    """Why a text is no regular expression; None if it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def _own_base(config: Mapping[str, Any]) -> str:
@@ -229,12 +235,14 @@ def _own_base(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _sort_keys(tensors: Iterable[str], kind: str) -> tuple[dict[str, ModuleKeys], dict[str, str], list[str]]:
+def _sort_keys(tensors: Collection[str], kind: str) -> tuple[dict[str, ModuleKeys], dict[str, str], list[str]]:
     modules: dict[str, ModuleKeys] = {}
     extras: dict[str, str] = {}
     problems, names, roles = [], set(), _roles(kind)
     foreign: dict[str, list[str]] = {}
     loose: dict[str, str] = {}
+    if strange := [key for key in tensors if not key.isprintable()]:
+        return {}, {}, [f"holds a tensor with characters in its name that cannot be shown: {short(strange[0])}"]
     for key in sorted(tensors, key=natural_order):
         role, path, name = _role(key.removeprefix(PREFIX), roles)
         names.add(name)
@@ -308,32 +316,32 @@ def _role(key: str, roles: Sequence[tuple[str, re.Pattern[str]]]) -> tuple[str, 
 def _check_module(
     path: str, module: ModuleKeys, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
 ) -> str | None:
-    """Finds the module's layout and scale; returns what is wrong with it, if anything."""
+    """Finds the module's layout and scale; returns what is wrong with it, if anything, to be said after its name."""
     embedding = any(role.startswith("embedding") for role in module.keys)
     roles = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [role[-1].upper() for role in roles if role not in module.keys]
     if missing or (embedding and len(module.keys) > 2):
-        return f"module {path} lacks its factor {missing[0]}" if missing else f"module {path} mixes two kinds"
+        return f"lacks its factor {missing[0]}" if missing else "mixes two kinds"
     a, b = (tensors[module.keys[role]] for role in roles)
     module.keys["a"], module.keys["b"] = (module.keys.pop(role) for role in roles)
     for spec in (a, b):
         if spec.dtype not in FLOATS:
-            return f"module {path} is stored as {spec.dtype}; LoRA factors must be F16, BF16, F32 or F64"
+            return f"is stored as {spec.dtype}; LoRA factors must be F16, BF16, F32 or F64"
     kernel = a.shape[2:]
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape or 0 in b.shape:
-        return f"module {path} has factors of shapes {a.shape} and {b.shape}, which no layer has"
+        return f"has factors of shapes {a.shape} and {b.shape}, which no layer has"
     rank = a.shape[0]
     if kernel and b.shape[1] != rank and rank % b.shape[1] == 0:
-        return f"module {path} is a grouped convolution ({rank // b.shape[1]} groups), which cannot be merged yet"
+        return f"is a grouped convolution ({rank // b.shape[1]} groups), which cannot be merged yet"
     if b.shape[1] != rank or any(size != 1 for size in b.shape[2:]):
-        return f"module {path} has factors of shapes {a.shape} and {b.shape}, whose ranks differ"
+        return f"has factors of shapes {a.shape} and {b.shape}, whose ranks differ"
     name = outer_module(path)
     declared = _declared_rank(config, name)
     if declared != rank:
-        return _other_rank(path, rank, declared, config)
+        return _other_rank(rank, declared, config)
     bias = tensors[module.keys["bias"]] if "bias" in module.keys else None
     if bias is not None and (bias.shape != b.shape[:1] or bias.dtype not in FLOATS):
-        return f"module {path} has a lora_B.bias of shape {bias.shape} and type {bias.dtype}, which does not fit"
+        return f"has a lora_B.bias of shape {bias.shape} and type {bias.dtype}, which does not fit"
     alpha = _for_module(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     module.scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     module.layout = Layout("embedding" if embedding else "conv" if kernel else "linear", kernel)
@@ -345,19 +353,19 @@ def _check_product(
 ) -> str | None:
     """`_check_module` for a module of LoHa or LoKr."""
     if missing := products.lacking(kind, module.keys):
-        return f"module {path} lacks its factor {missing[0]}"
+        return f"lacks its factor {missing[0]}"
     specs = {role: tensors[key] for role, key in module.keys.items()}
     if others := [spec.dtype for spec in specs.values() if spec.dtype not in FLOATS]:
-        return f"module {path} is stored as {others[0]}; {products.NAMES[kind]} must be F16, BF16, F32 or F64"
+        return f"is stored as {others[0]}; {products.NAMES[kind]} must be F16, BF16, F32 or F64"
     product = products.of_shapes(kind, {role: spec.shape for role, spec in specs.items()})
     if product is None:
         shapes = ", ".join(f"{role} {spec.shape}" for role, spec in specs.items())
-        return f"module {path} has tensors that no {products.NAMES[kind]} layer has: {shapes}"
+        return f"has tensors that no {products.NAMES[kind]} layer has: {shapes}"
     declared = _declared_rank(config, path)
     if others := product.inner - {declared}:
-        return _other_rank(path, min(others), declared, config)
+        return _other_rank(min(others), declared, config)
     if not declared > 0:
-        return f"module {path} has rank {declared} in adapter_config.json, by which its alpha is divided"
+        return f"has rank {declared} in adapter_config.json, by which its alpha is divided"
     module.product = product
     module.scale = _for_module(config.get("alpha_pattern"), path, config.get("alpha", 8)) / declared
     module.layout = Layout("conv" if product.kernel else "linear", product.kernel)
@@ -373,9 +381,9 @@ def _declared_rank(config: Mapping[str, Any], name: str) -> Any:
     return _for_module(config.get("rank_pattern"), name, config.get("r", 8))
 
 
-def _other_rank(path: str, rank: int, declared: Any, config: Mapping[str, Any]) -> str:
+def _other_rank(rank: int, declared: Any, config: Mapping[str, Any]) -> str:
     says = f"says {declared}" if "r" in config else f"has no r, for which PEFT takes {declared}"
-    return f"module {path} has rank {rank}, but adapter_config.json {says}"
+    return f"has rank {rank}, but adapter_config.json {says}"
 
 
 def _for_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
