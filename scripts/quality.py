@@ -46,6 +46,8 @@ CUT = (
     ("iso_c", "full"), ("iso_cts", "full"), ("subspace_boosting", "full"), ("pico", "full"), ("swudi", "full"),
 )  # fmt: skip
 STAGED = (("linear", "full"), ("ties", "full"), ("tsv", "full"))
+# What is advised where there is nothing to tune with.
+ADVISED = (("linear", "norm_restore"),)
 STAGES = ("isotropize", "calibrate", "norm_restore")
 
 Todo = dict[tuple[str, str], Callable[[Experiment], dict[str, Any]]]
@@ -86,6 +88,10 @@ def todo(options: argparse.Namespace) -> Todo:
                 for density in untuned_densities(method):
                     name = method if density is None else f"{method} {density}"
                     found[part, name] = functools.partial(tuning.untuned, method=method, density=density)
+            for method, stage in ADVISED:
+                if method in methods:
+                    made = functools.partial(tuning.untuned, method=method, stages=(stage,))
+                    found[part, f"{method}+{stage}"] = made
     if options.peft:
         merges = peers.peft_merges(scoring.ADAPTERS, scoring.TASKS, tuning.DENSITIES, tuning.SEED)
         for kind, make in merges.items():

@@ -47,18 +47,22 @@ def grid_table(results: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     def cell(record: Record | None) -> str:
         if record is None:
             return ""
-        text = f"{record['mean']:.1f}"
-        return f"{f'**{text}**' if is_near(record, best, own, sizes) else text} / {record['worst']:.0f}"
+        return _scores(record, "**" if is_near(record, best, own, sizes) else "")
 
     rows = []
     for method in dict.fromkeys(record["method"] for record in records.values()):
         found = [records.get(f"{method}/{space}") for space in spaces]
         plain = results.get("untuned", {})
         untuned = plain.get(method, plain.get(f"{method} {_DENSITY}"))
-        cells = [f"`{method}`", *map(cell, found), "" if untuned is None else f"{untuned['mean']:.1f}"]
+        cells = [f"`{method}`", *map(cell, found), "" if untuned is None else _scores(untuned)]
         rows.append((max(record["mean"] for record in found if record is not None), cells))
     rows.sort(key=lambda row: -row[0])
     return _table(["method", *spaces, "untuned"], [cells for _, cells in rows])
+
+
+def _scores(record: Record, mark: str = "") -> str:
+    """The mean over the tasks, and the worst of them."""
+    return f"{mark}{record['mean']:.1f}{mark} / {record['worst']:.0f}"
 
 
 def task_table(results: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
@@ -101,8 +105,7 @@ def changes_table(results: Mapping[str, Any], part: str) -> str:
         before = records[f"{record['method']}/{record['space']}"]
         what = ", ".join(record["stages"]) or f"rank {before['rank']} to {record['rank']}"
         own = f"`{record['method']}` in `{record['space']}`"
-        scores = [f"{x['mean']:.1f} / {x['worst']:.0f}" for x in (before, record)]
-        rows.append([own, what, *scores])
+        rows.append([own, what, _scores(before), _scores(record)])
     return _table(["merge", "change", "before", "after"], rows)
 
 

@@ -220,9 +220,14 @@ def at_test(experiment: Experiment, merged: jm.Adapter, scale: float = 1.0) -> d
     }
 
 
-def untuned(experiment: Experiment, method: str, density: float | None = None) -> dict[str, Any]:
-    """What a method does where nothing is set, but for a density that it asks for."""
-    given: dict[str, Any] = {} if density is None else {"density": density}
+def untuned(
+    experiment: Experiment, method: str, density: float | None = None, stages: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """What a method does where nothing is set, but for a density that it asks for; and stages, as they are."""
+    given: dict[str, Any] = {
+        **({} if density is None else {"density": density}),
+        **({"stages": stages} if stages else {}),
+    }
     merged = jm.merge(experiment.adapters, method=method, **seeded(jm.METHODS[method]), **given)
     return {"method": method, **given, **at_test(experiment, merged)}
 

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmerge as jm
+from jaxmerge.reports import advice
 from scripts import minilm, quality, quality_tables, scoring, tuning
 from tests.test_minilm import small
 
@@ -193,6 +195,7 @@ def test_each_thing_to_do_is_named_once_and_makes_what_its_name_says():
     assert list(quality.todo(options)) == [
         ("grid", "linear/full"), ("grid", "ties/full"),
         ("untuned", "linear"), ("untuned", "ties 0.2"), ("untuned", "ties 0.5"), ("untuned", "ties 0.8"),
+        ("untuned", "linear+norm_restore"),
         ("rank", "linear/full@16"), ("rank", "ties/full@16"), ("rank", "ties/knots@16"), ("rank", "ties/core@16"),
         *(("stages", f"{method}/full+{stage}") for method in ("linear", "ties") for stage in quality.STAGES),
     ]  # fmt: skip
@@ -233,7 +236,10 @@ def results():
             "ties/full": record_of("ties", "full", near, density=0.2, weight=1.0),
             "ties/core": record_of("ties", "core", best, density=0.5, weight=1.0),
         },
-        "untuned": {"linear": {"mean": 40.0}, "ties 0.2": {"mean": 50.0}, "ties 0.5": {"mean": 60.0}},
+        "untuned": {
+            name: {"mean": mean, "worst": mean / 2}
+            for name, mean in (("linear", 40.0), ("linear+norm_restore", 45.0), ("ties 0.2", 50.0), ("ties 0.5", 60.0))
+        },
         "rank": {"ties/full@4": record_of("ties", "full", far, rank=4)},
         "stages": {"linear/full+calibrate": record_of("linear", "full", near, stages=["calibrate"])},
         "peft": {"svd": {**record_of("", "", far), "weight": 1.0}},
@@ -245,8 +251,8 @@ def test_the_tables_tell_what_was_found():
     assert found["quality"].splitlines() == [
         "| method | full | core | untuned |",
         "| --- | --- | --- | --- |",
-        "| `ties` | **97.5** / 95 | **100.0** / 100 | 60.0 |",
-        "| `linear` | 40.6 / 31 |  | 40.0 |",
+        "| `ties` | **97.5** / 95 | **100.0** / 100 | 60.0 / 30 |",
+        "| `linear` | 40.6 / 31 |  | 40.0 / 20 |",
     ]
     assert found["quality by task"].splitlines() == [
         "| merge | λ | density | mean | worst | one | two |",
@@ -273,3 +279,13 @@ def test_tables_go_between_their_marks_and_nothing_else_changes(tmp_path):
     with pytest.raises(SystemExit, match="no marks"):
         quality_tables.write_readme(readme, results(), SIZES)
     assert readme.read_text() == "nothing\n"
+
+
+def test_the_numbers_in_what_is_advised_are_those_that_were_measured():
+    found = json.loads((quality.ROOT / "notebooks" / "quality.json").read_text())
+    plain = found["untuned"]
+    assert (round(plain["linear"]["mean"], 1), round(plain["linear+norm_restore"]["mean"], 1)) == (
+        advice.MEAN, advice.RESTORED
+    )  # fmt: skip
+    for method, mean in advice.TUNED.items():
+        assert round(found["grid"][f"{method}/full"]["mean"], 1) == mean

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -62,7 +63,9 @@ class Fitted(NamedTuple):
             made.add_column(heading, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
         for row in self.rows:
             made.add_row(*map(escape, row))
-        yield made
+        for line in console.render_lines(made, options, pad=False):
+            yield from _stripped(line)
+            yield Segment.line()
 
     def _needed(self, i: int) -> int:
         heading, side = self.columns[i]
@@ -82,6 +85,13 @@ class Fitted(NamedTuple):
         heading, side = " ".join(self.columns[i][0].split()), self.columns[i][1]
         told = cell.replace(" ", _UNBROKEN) if side == "right" else cell
         return f"{heading}: {told}" if heading else told
+
+
+def _stripped(line: list[Segment]) -> list[Segment]:
+    """A line without the blanks that its last cell is filled up with."""
+    while line and not line[-1].text.strip():
+        line = line[:-1]
+    return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from jaxmerge.cli.console import out, table
 from jaxmerge.io.card import called
 from jaxmerge.io.peft.keys import natural_order
 from jaxmerge.metrics import energy_at_rank, spectra
-from jaxmerge.recipes.checks import notes_of
+from jaxmerge.recipes.checks import cell_of, notes_of
 from jaxmerge.recipes.model import Recipe
 from jaxmerge.values import described, settings
 from jaxmerge.words import kept_span, pattern, percent, span
@@ -60,8 +60,20 @@ def summarise(
             name: [i + 1 for i, adapter in enumerate(adapters) if name in adapter.extras] for name in merged.extras
         },
     }
-    remarks = [*notes_of(recipe), *_remarks(adapters, merged, kept)]
+    remarks = [*notes_of(recipe), *_mean(recipe), *_remarks(adapters, merged, kept)]
     return summary | {"remarks": remarks + format_remarks(recipe.format, adapters, merged, written)}
+
+
+def _mean(recipe: Recipe) -> list[str]:
+    """That nobody has chosen how much of each adapter there is; of little else does more hang."""
+    count = len(recipe.adapters)
+    chosen = recipe.stages or any(source.weight is not None for source in recipe.adapters)
+    method, space = cell_of(recipe) or ("", "")
+    if chosen or count < 2 or method != "linear" or space == "factors":
+        return []
+    return [
+        f"the mean: 1/{count} of each adapter; --weights chooses, and --stage norm_restore gives it the adapters' size"
+    ]
 
 
 def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]:
