@@ -94,6 +94,14 @@ def _stripped(line: list[Segment]) -> list[Segment]:
     return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
+def wrapped(text: str, indent: int = 0) -> str:
+    """A paragraph that breaks between words, and ends no line with blanks."""
+    blanks = " " * indent
+    return textwrap.fill(
+        text, out.width, initial_indent=blanks, subsequent_indent=blanks, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def print_json(value: Any) -> None:
     """Prints JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -103,8 +103,8 @@ def _scale(found: Comparison) -> list[Advice]:
     if 0 < share < _SMALL:
         why = (
             f"With these weights the sum is {share:.2g} times as large as the adapters are on average. Of the six "
-            f"adapters that come with jaxmerge the mean kept {MEAN:.0f} % of their accuracy, that of their own size "
-            f"{RESTORED:.0f} %, and the sum at the best scale {TUNED['linear']:.0f} %."
+            f"adapters that come with jaxmerge the mean kept {MEAN} % of their accuracy, scaled to their own size "
+            f"{RESTORED} %, and at the best scale {TUNED['linear']} %."
         )
         advice.append(Advice("Without data: --stage norm_restore.", why, "scripts/quality; arXiv:2604.16826"))
     return advice
@@ -114,10 +114,10 @@ def _next(found: Comparison) -> list[Advice]:
     """The methods that have nothing to set but the scale, where several tasks go together."""
     if sum(norm > 0 for norm in found.total.norms) < 2:
         return []
-    tried = ", ".join(f"{TUNED[method]:.0f} % with {method}" for method in ("tsv", "iso_c"))
+    tried = " and ".join(f"{method} {TUNED[method]} %" for method in ("tsv", "iso_c"))
     why = (
-        "They give each adapter's directions room, and have nothing to set but the scale: of the same six adapters "
-        f"{tried}, each at its best scale, and {TUNED['linear']:.0f} % with linear. Those are small and hardly meet."
+        "They give each adapter's directions room, and have nothing to set but the scale: of the accuracy of the six "
+        f"adapters that come with jaxmerge {tried} are kept, each at its best scale. Those are small and hardly meet."
     )
     return [Advice("Then try --method tsv and --method iso_c.", why, "scripts/quality; arXiv:2412.00081, 2502.04959")]
 

@@ -3,11 +3,10 @@
 import argparse
 
 from rich.markup import escape
-from rich.padding import Padding
 
 from jaxmerge.cli.actions import reporting
 from jaxmerge.cli.actions.sources import load_all, peek_all
-from jaxmerge.cli.console import out, print_json, report_error, report_problems, table
+from jaxmerge.cli.console import out, print_json, report_error, report_problems, table, wrapped
 from jaxmerge.comparison import comparison_problems, tables
 from jaxmerge.merging.checks import checked_weights
 from jaxmerge.tables import Table
@@ -31,9 +30,8 @@ def run(options: argparse.Namespace) -> int:
         out.print(table(*part) if isinstance(part, Table) else part, soft_wrap=False)
         out.print()
     for item in advice:
-        out.print(f"[bold]{escape(item.what)}[/bold]", soft_wrap=False)
-        why = f"{item.why} [{item.source}]" if item.source else item.why
-        out.print(Padding(escape(why), (0, 0, 0, 2), expand=False), soft_wrap=False)
+        out.print(f"[bold]{escape(wrapped(item.what))}[/bold]")
+        out.print(escape(wrapped(f"{item.why} [{item.source}]" if item.source else item.why, indent=2)))
     return 0
 
 

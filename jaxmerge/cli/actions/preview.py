@@ -1,9 +1,8 @@
 """What a merge would do, as ``--dry-run`` tells it."""
 
 from rich.markup import escape
-from rich.padding import Padding
 
-from jaxmerge.cli.console import out, table
+from jaxmerge.cli.console import out, table, wrapped
 from jaxmerge.previewing import Preview
 
 
@@ -16,4 +15,4 @@ def print_preview(found: Preview) -> None:
         out.print()
     out.print(found.summary)
     for warning in found.warnings:
-        out.print(Padding(escape(warning), (0, 0, 0, 0), expand=False), style="yellow", soft_wrap=False)
+        out.print(escape(wrapped(warning)), style="yellow")
