@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from typing import Any
 
 import jax
@@ -44,10 +45,19 @@ def join(options: argparse.Namespace) -> None:
     explicit = (
         {"coordinator_address": given[0], "num_processes": int(given[1]), "process_id": int(given[2])} if given else {}
     )
+    _keep_for_ourselves()
     try:
         jax.distributed.initialize(**explicit)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
+
+
+def _keep_for_ourselves() -> None:
+    """Leaves standard output to us, and sends what native libraries print there (Gloo greets) to standard error."""
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def placing(options: argparse.Namespace) -> dict[str, Any]:
