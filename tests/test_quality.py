@@ -289,3 +289,7 @@ def test_the_numbers_in_what_is_advised_are_those_that_were_measured():
     )  # fmt: skip
     for method, mean in advice.TUNED.items():
         assert round(found["grid"][f"{method}/full"]["mean"], 1) == mean
+    assert round(found["grid"]["iso_c/ctm"]["mean"], 1) == advice.COMPRESSED
+    assert found["grid"]["iso_c/ctm"]["rank"] == 16
+    for method, mean in advice.CUT.items():
+        assert round(found["rank"][f"{method}/full@16"]["mean"], 1) == mean
