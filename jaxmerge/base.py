@@ -233,7 +233,12 @@ def energy_kept(adapter: Adapter) -> Array:
 
     Returns:
         Scalar in [0, 1]; 1 where nothing was truncated.
+
+    Raises:
+        ValueError: If it is no adapter.
     """
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"energy_kept is of an adapter, got {type(adapter).__name__}")
     return Energy(
         total=sum(_known(energy.total) for energy in adapter.energy.values()),
         lost=sum(_known(energy.lost) for energy in adapter.energy.values()),

@@ -25,6 +25,7 @@ from jaxmerge.merging.stacks import Bucket
 from jaxmerge.sharding import laid_out, placement, seen_everywhere
 from jaxmerge.spectrum import count_by
 from jaxmerge.version import versions
+from jaxmerge.words import were_given
 
 
 def resize(
@@ -164,7 +165,7 @@ def rule_of(*, max_rank: int | None = None, **limits: float | None) -> Rule:
     """
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if len(given) != 1:
-        raise ValueError(f"give one of {', '.join(limits)}: {' and '.join(given) or 'none'} was given")
+        raise ValueError(f"give one of {', '.join(limits)}: {were_given(list(given))}")
     ((name, limit),) = given.items()
     problems: list[str] = []
     if name == "rank":

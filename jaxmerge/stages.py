@@ -15,6 +15,7 @@ from jaxmerge.base import Array
 from jaxmerge.lowrank import balanced, thin_qr
 from jaxmerge.spaces import Factors
 from jaxmerge.spectrum import Spectrum, count_by, cutoff, decompose, matmul, mean_value
+from jaxmerge.words import were_given
 
 Pair = tuple[Array, Array]
 
@@ -100,7 +101,7 @@ def truncate(
     rules = {"rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro, "sv_cumulative": sv_cumulative}
     given = {name: limit for name, limit in rules.items() if limit is not None}
     if len(given) != 1:
-        raise ValueError(f"truncate takes one of {', '.join(rules)}: {' and '.join(given) or 'none'} was given")
+        raise ValueError(f"truncate takes one of {', '.join(rules)}: {were_given(list(given))}")
     ((rule, limit),) = given.items()
     found, frame = _decompose(merged)
     kept = count_by(rule, jnp.asarray(limit, found.s.dtype), found.s)

@@ -22,6 +22,7 @@ from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.sparsify import round_to
 from jaxmerge.tables import Table, columns, html
 from jaxmerge.values import described
+from jaxmerge.words import short
 
 Grid = Mapping[str, Sequence[Any]]
 
@@ -124,6 +125,8 @@ def sweep(
         "method": method, "space": space, "rank": rank, "combination_type": combination_type, "weights": weights,
         "key": key, "mesh": mesh, "memory": memory, "stages": stages, **hyperparameters,
     }  # fmt: skip
+    if not callable(evaluate):
+        raise ValueError(f"evaluate should be a function of a merged adapter, got {short(evaluate)}")
     _check_grid(grid, fixed)
     settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     scales = list(grid.get("scale", (1.0,)))
@@ -178,6 +181,8 @@ def _check_grid(grid: Grid, fixed: Mapping[str, Any]) -> None:
     """Raises a ValueError for a grid that cannot be."""
     numeric = {h.name for h in all_hyperparameters() if h.traceable}
     known = {"weights", "scale", "seed", *numeric}
+    single = [name for name, values in grid.items() if isinstance(values, str) or not hasattr(values, "__len__")]
+    raise_problems([f"the grid's {name} should be a list of values, got {short(grid[name])}" for name in single])
     problems = [f"the grid has no values for {name}" for name, values in grid.items() if len(values) == 0]
     listed = ", ".join(sorted(known))
     problems += [f"unknown name {name!r} in the grid: there are {listed}" for name in grid if name not in known]

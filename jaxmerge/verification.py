@@ -25,7 +25,7 @@ from jaxmerge.recipes.records import recipe_of
 from jaxmerge.recipes.running import Workplace, planned, read
 from jaxmerge.resizing import truncate
 from jaxmerge.tables import Table, columns, html
-from jaxmerge.values import described
+from jaxmerge.values import described, each
 from jaxmerge.words import counted
 
 # Modules that are made again unless told otherwise.
@@ -43,6 +43,8 @@ _STATUS = {
 _SETTINGS = ("method", "space", "weights")
 # A share of its weight below which an adapter is not in a result.
 _ABSENT = 1e-3
+# A part of a result below which nothing can be seen of an adapter in it, whatever the dtype.
+_UNSEEN = 1e-7
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class Presence:
         name: Its path, or what the recipe calls it.
         weight: That the record says, in words: a number, or the span of those of its modules.
         found: The number of the adapter in the weighted sum of adapters that is nearest to the result, over the sampled
-            modules: the weight itself for methods that sum. None where the adapter changes nothing there.
+            modules: the weight itself for methods that sum. None where the adapter changes nothing there, or too
+            little to be seen.
         projection: How many times its weight change lies along itself in the result, others' parts in common with it
             included; None as above.
-        present: Whether it is in the result.
+        present: Whether it is in the result; so is what would not be seen in it.
     """
 
     name: str
@@ -116,7 +119,7 @@ class Verification:
     def table(self) -> Table:
         """The adapters, and how much of each is in the result."""
         rows = [
-            (i + 1, one.name, one.weight, _number(one.found), _number(one.projection), "yes" if one.present else "no")
+            (i + 1, one.name, one.weight, _number(one.found), _number(one.projection), _in_it(one))
             for i, one in enumerate(self.adapters)
         ]
         numbers = columns(["adapter"], ["weight", "found", "projection"])
@@ -129,6 +132,10 @@ class Verification:
     def _repr_html_(self) -> str:
         cell = f"method {self.method}, space {self.space}"
         return html(self.path, self.facts, cell, self.table(), *self.problems)
+
+
+def _in_it(one: Presence) -> str:
+    return ("too small to be seen" if one.found is None else "yes") if one.present else "no"
 
 
 def _number(value: float | None) -> str:
@@ -259,6 +266,8 @@ def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[
     for i, (adapter, weight) in enumerate(zip(plan.adapters, record["weights"], strict=True)):
         share = shares.get(i)
         fit, projection = (None, None) if share is None else (share.fit, share.projection)
+        if share is not None and _largest(weight) * share.norm < _UNSEEN * measured.total.norm:
+            fit, projection = None, None  # Noise, divided by next to nothing.
         wanted = _smallest(weight) if sums else _ABSENT
         # Of a sum the fit is the weight; a projection also has what the others have in common with the adapter.
         sizes = [fit] if sums else [fit, projection]
@@ -270,8 +279,11 @@ def _presence(found: Adapter, paths: Sequence[str], plan: Plan, record: Mapping[
 
 
 def _smallest(weight: Any) -> float:
-    numbers = list(weight.values()) if isinstance(weight, Mapping) else [weight]
-    return min(abs(number) for number in numbers)
+    return min(map(abs, each(weight)))
+
+
+def _largest(weight: Any) -> float:
+    return max(map(abs, each(weight)))
 
 
 def _difference(made: LoRA, found: LoRA) -> float:

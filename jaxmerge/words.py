@@ -28,21 +28,22 @@ def shown(word: object) -> str:
     return word if isinstance(word, str) and word.isprintable() and len(word) <= 60 else short(word)
 
 
-def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """What is wrong with modules: where it is the same for the modules of all layers, once for all of them.
+def folded(problems: Iterable[str]) -> list[str]:
+    """What is wrong, where it is the same for the modules of all layers once for all of them.
 
     Args:
-        problems: Module path, and what is said of it, as in ``("layers.0.q", "lacks its factor A")``.
+        problems: Lines; those of a module as in ``"module layers.0.q lacks its factor A"``.
 
     Returns:
         A line for each kind of module and problem, in the order of the first of its modules.
     """
     groups: dict[tuple[str, str], list[str]] = {}
-    for path, text in problems:
-        groups.setdefault((pattern(path), text), []).append(path)
+    for line in problems:
+        found = re.fullmatch(r"module (\S+?)(:? .*)", line)
+        groups.setdefault((pattern(found[1]), found[2]) if found else ("", line), []).append(line)
     return [
-        f"module {paths[0]} {text}" if len(paths) == 1 else f"module {kind} {text} ({len(paths)} such modules)"
-        for (kind, text), paths in groups.items()
+        lines[0] if len(lines) == 1 or not kind else f"module {kind}{text} ({len(lines)} such modules)"
+        for (kind, text), lines in groups.items()
     ]
 
 
@@ -64,6 +65,11 @@ def span(values: Iterable[float], digits: int = 4) -> str:
     shown = sorted(set(values))
     ends = [f"{value:.{digits}g}" for value in (shown[0], shown[-1])]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
+
+
+def were_given(names: Sequence[str]) -> str:
+    """That these were given, and none where there are none."""
+    return f"{' and '.join(names) or 'none'} {'were' if len(names) > 1 else 'was'} given"
 
 
 def by(*sizes: int) -> str:

@@ -4,6 +4,8 @@ import os
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Workers of a parallel run are told the width of a terminal that they do not write to.
+os.environ.pop("COLUMNS", None)
 # Nothing of the tests goes into the user's cache folder.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # As `jaxmerge.lapack` has it: the BLAS of NumPy and SciPy would spin on all cores for matrices of these sizes, and each

@@ -338,21 +338,43 @@ sys.exit(main(sys.argv[1:]))
         assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_before_any_work_is_no_traceback(tmp_path):
-    program = """
-import builtins, sys
-from jaxmerge.cli import main
+INTERRUPTED_IMPORT = """
+import builtins
 real = builtins.__import__
 def interrupted(name, *arguments, **options):
-    if name == "jaxmerge.cli.actions":
-        raise KeyboardInterrupt
+    if name == {name!r}:
+        os.kill(os.getpid(), signal.SIGINT)
     return real(name, *arguments, **options)
 builtins.__import__ = interrupted
+"""
+# As an extension does that is loaded.
+INTERRUPTED_LOAD = """
+from jaxmerge import io
+def interrupted(*arguments, **options):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        raise ImportError("Encountered an error while initializing the extension.") from None
+io.load = interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", [*(INTERRUPTED_IMPORT.format(name=name) for name in ("rich.box", "jax", "scipy")), INTERRUPTED_LOAD]
+)
+def test_an_interruption_is_a_line_whatever_comes_of_it(tmp_path, moment):
+    program = f"""
+import os, signal, sys, time
+from jaxmerge.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes in the background are born deaf to it.
+{moment}
 sys.exit(main(sys.argv[1:]))
 """
     command = [sys.executable, "-c", program, "merge", SMS, MOVIE, "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "jaxmerge: interrupted; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_seed_that_nothing_draws_from(tmp_path, capsys):

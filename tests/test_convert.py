@@ -152,6 +152,9 @@ def test_merged_and_converted_on_the_command_line(tmp_path, capsys):
     for path, lora in expected.modules.items():
         assert relative_error(delta64(back.modules[path]), delta64(lora)) < 1e-6
     assert main(["inspect", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    capsys.readouterr()
+    assert main(["merge", *names, "-o", str(tmp_path / "out"), "--force"]) == 1
+    assert "is an Orbax checkpoint, which --force does not replace by a PEFT folder" in capsys.readouterr().err
     record = json.loads((tmp_path / "back" / "jaxmerge.json").read_text())
     assert record["converted"] == {"format": "peft", "layout": "gemma3", "head_dim": 6}
 
@@ -174,7 +177,10 @@ def test_what_cannot_be_converted_is_told_before_any_work(tmp_path, capsys):
     assert "give a layout" in convert(some, *tunix)
     assert "unknown layout 'bert'" in convert(some, *tunix, "--layout", "bert")
     assert "give head_dim" in convert(some, *tunix, "--layout", "llama3")
-    assert "no whole number of heads of 7" in convert(some, *tunix, "--layout", "llama3", "--head-dim", 7)
+    assert convert(some, *tunix, "--layout", "llama3", "--head-dim", 7).splitlines() == [
+        "jaxmerge: module model.layers.*.self_attn.q_proj: its 24 features are no whole number of heads of 7 "
+        "(2 such modules)"
+    ]
     assert "whole numbers from 1" in convert(some, *tunix, "--layout", "llama3", "--head-dim", 0)
     scanned = ["--format", "maxtext", "--layout", "llama3", "--head-dim", 6]
     assert "give layers" in convert(some, *scanned)

@@ -287,6 +287,7 @@ def test_the_numbers_in_what_is_advised_are_those_that_were_measured():
     assert (round(plain["linear"]["mean"], 1), round(plain["linear+norm_restore"]["mean"], 1)) == (
         advice.MEAN, advice.RESTORED
     )  # fmt: skip
+    assert round(plain["ties 0.2"]["mean"], 1) == advice.TIES
     for method, mean in advice.TUNED.items():
         assert round(found["grid"][f"{method}/full"]["mean"], 1) == mean
     assert round(found["grid"]["iso_c/ctm"]["mean"], 1) == advice.COMPRESSED

@@ -355,6 +355,30 @@ def test_a_name_that_cannot_be_shown_is_refused(folder):
     assert_refused(folder, r"characters in its name that cannot be shown: '", r"x\x1b[2J.lora_A")
 
 
+def test_a_stage_as_recipes_have_it():
+    sources = [adapter("one"), adapter("two")]
+    found = jm.merge(sources, stages=[{"scale": {"factor": 0.5}}])  # type: ignore[list-item]
+    expected = jm.merge(sources, stages=[("scale", {"factor": 0.5})])
+    np.testing.assert_array_equal(found.modules["m"].b, expected.modules["m"].b)
+    assert found.metadata.provenance == expected.metadata.provenance
+
+
+def test_a_file_that_may_not_be_read_is_told_as_such(folder, monkeypatch):
+    def denied(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    real = Path.open
+    monkeypatch.setattr(Path, "open", denied)
+    assert_refused(folder, "adapter_model.safetensors: cannot be read: Permission denied")
+
+
+def test_a_broken_link_is_told_as_such(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    assert_refused(tmp_path / "link", "is a broken link")
+
+
 def test_the_change_of_a_whole_adapter_is_none():
     with pytest.raises(ValueError, match=r"delta is of one module, adapter\.modules\[path\], got Adapter"):
         jm.delta(jm.Adapter({"m": LORA}))  # type: ignore[arg-type]
@@ -559,6 +583,10 @@ def refused(match: str, *arguments, **keywords) -> str:
         ("rank 9 is more .* the largest possible is 5", {"rank": 9, "method": "ties", "density": 0.5}),
         ("rank 3 is more .* the largest possible is 2", {"rank": 3, "combination_type": "linear"}),
         ("agreeing is 3, and there are 2 adapters", {"method": "consensus", "agreeing": 3}),
+        ("a stage is a name, or a pair of a name and its hyperparameters, not None", {"stages": [None]}),
+        ("a stage is a name, or a pair .*, not {'a': 1, 'b': 2}", {"stages": [{"a": 1, "b": 2}]}),
+        (r"a stage is a name, or a pair .*, not \('scale', 0.5\)", {"stages": [("scale", 0.5)]}),
+        (r"mesh should be a jax\.sharding\.Mesh, got 3", {"mesh": 3}),
         ("dtype int32 is not one of float32, bfloat16", {"dtype": "int32"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -580,7 +608,7 @@ def test_arguments_that_do_not_fit_are_refused(match, keywords):
         ("array of shape", np.ones((2, 1))),
         ("array of shape", np.array(1.0)),
         ("weight", ["a", "b"]),
-        ("weight", [None, 1]),
+        (r"weights must be one number per adapter, got \[None, 1\]", [None, 1]),
         ("weight", [[1], [2]]),
         ("weight", 1.0),
     ],

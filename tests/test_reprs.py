@@ -161,6 +161,8 @@ def test_tables_of_results(adapters):
     assert f"1 | math | 0.5 | 12 | 3 | {found.total.norms[0]:.4g}" in comparison
     assert f"1, 2 | {found.total.pairs[0].cosine:.3f}" in comparison
     assert "model.layers.*.mlp.up_proj" in comparison
+    assert found.advice[0].what in comparison
+    assert found.advice[0].what.startswith("Start with --method linear")
     assert "scale | weights | energy kept | norm | worst cosine | 0.5 | 1, 2 | 1 | " in sweep
     assert "model.layers.*.self_attn.q_proj | 10×8 | 3 | 1 | 3 | float32 | 1" in preview
     assert "code lacks 3 modules" in preview

@@ -399,7 +399,7 @@ def test_what_is_spread_stays_spread():
     [
         ("give one of rank, energy, sv_ratio, sv_fro, sv_cumulative: none was given", {}),
         ("give one of .*: none was given", {"max_rank": 3}),
-        ("give one of .*: rank and energy was given", {"rank": 3, "energy": 0.9}),
+        ("give one of .*: rank and energy were given", {"rank": 3, "energy": 0.9}),
         ("rank must be a whole number from 1, got 0", {"rank": 0}),
         ("rank must be a whole number from 1, got 2.5", {"rank": 2.5}),
         ("rank must be a whole number from 1, got True", {"rank": True}),

@@ -292,7 +292,7 @@ def test_one_program_whatever_the_numbers():
         ([("isotropize", {"floor": 1.0})], "stage isotropize has no floor: it takes nothing"),
         ([("norm_restore", {"scope": "half"})], "scope 'half' is not one of module, whole"),
         (["truncate"], "stage truncate takes one of rank, energy, sv_ratio, sv_fro, sv_cumulative: none was given"),
-        ([("truncate", {"rank": 3, "energy": 0.5})], "stage truncate takes one of .*: rank and energy was given"),
+        ([("truncate", {"rank": 3, "energy": 0.5})], "stage truncate takes one of .*: rank and energy were given"),
         ([("truncate", {"rank": 2.5})], "rank should be a whole number, got 2.5"),
         ([("truncate", {"rank": 0})], "rank should be at least 1, got 0"),
         ([("truncate", {"energy": 1.5})], "energy should be at most 1 and above 0, got 1.5"),
@@ -417,7 +417,10 @@ def test_a_recipe_truncates_by_depth_and_by_one_rule(tmp_path):
     expected = jm.merge(sources, stages=[("truncate", {"rank": ranks}), "norm_restore"])
     for path, lora in expected.modules.items():
         assert relative_error(delta64(found.modules[path]), delta64(lora)) < 1e-5
-    for stage, words in (("truncate", "none was given"), ("{truncate: {rank: 2, energy: 0.5}}", "rank and energy was")):
+    for stage, words in (
+        ("truncate", "none was given"),
+        ("{truncate: {rank: 2, energy: 0.5}}", "rank and energy were"),
+    ):
         with pytest.raises(ValueError, match=f"recipe.yaml:2: stage truncate takes one of rank, energy, .*: {words}"):
             merged(f"[{stage}]")
     with pytest.raises(ValueError, match=r"recipe.yaml:2: stage truncate: rank should be a whole number, got 1.5"):

@@ -121,6 +121,7 @@ def test_nothing_is_compiled_twice():
     ("grid", "fixed", "words"),
     [
         ({"density": []}, {"method": "ties"}, "no values for density"),
+        ({"scale": 1.0}, {}, "the grid's scale should be a list of values, got 1.0"),
         ({"densities": [0.1]}, {"method": "ties"}, "unknown name 'densities'"),
         ({"density": [0.1]}, {"method": "ties", "density": 0.5}, "both in the grid"),
         ({"density": [0.1, -1]}, {"method": "ties"}, "-1"),
@@ -134,6 +135,11 @@ def test_nothing_is_compiled_twice():
 def test_grids_that_do_not_fit(grid, fixed, words):
     with pytest.raises(ValueError, match=words):
         jm.sweep(adapters(), lambda merged: jnp.zeros(()), grid, **fixed)
+
+
+def test_what_is_no_function_scores_nothing():
+    with pytest.raises(ValueError, match="evaluate should be a function of a merged adapter, got 3"):
+        jm.sweep(adapters(), 3, {"scale": [1.0]})  # type: ignore[arg-type]
 
 
 def test_the_command_shows_a_table_and_draws_a_plot(capsys, tmp_path):

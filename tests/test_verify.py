@@ -169,3 +169,16 @@ def test_the_command(sources, tmp_path, capsys):
     assert "there is no such folder" in capsys.readouterr().out
     assert cli.main(["verify", str(tmp_path / "nothing")]) == 1
     assert capsys.readouterr().err == f"jaxmerge: {tmp_path / 'nothing'}: there is no such folder\n"
+
+
+def test_an_adapter_too_small_to_be_seen(sources, tmp_path):
+    tensors = {key: (x.astype(np.float32) * np.float32(1e-25)) for key, x in load_file(_weights(sources[1])).items()}
+    save_file(tensors, _weights(sources[1]))
+    found = jm.verify(merge(sources, tmp_path / "out"), modules=3)
+    assert found.ok
+    assert [one.found is None for one in found.adapters] == [False, True, False]
+    assert [row[-1] for row in found.table().rows] == ["yes", "too small to be seen", "yes"]
+
+
+def _weights(folder):
+    return folder / "adapter_model.safetensors"

@@ -1,14 +1,17 @@
 """The command line: parse and call. Nothing heavy is imported before a command needs it."""
 
+import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxmerge.cli.commands import COMMANDS
 from jaxmerge.cli.parser import Parser
@@ -33,13 +36,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 for a problem with the inputs. A command line that is not understood exits with 2, and
         an interruption with 130.
     """
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    with _on_interruption(interrupt):
+        try:
+            return _main(arguments)
+        except BaseException:
+            # Libraries make other errors of it, such as an ImportError of one that was interrupted while it was loaded.
+            if interrupted:
+                _stop()
+            raise
+
+
+def _stop(*_: object) -> NoReturn:
+    """Ends the process at once: XLA's threads may be at work, and would be while the interpreter is taken down."""
+    os.write(2, b"jaxmerge: interrupted; nothing was written\n")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def _on_interruption(handler: Callable[..., object]) -> Iterator[None]:
+    """Handles Ctrl-C in another way than Python, where it would be handled by Python."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        return _main(arguments)
-    except KeyboardInterrupt:
-        sys.stderr.write("jaxmerge: interrupted; nothing was written\n")
-        sys.stderr.flush()
-        # XLA's threads may be at work still, and would be while the interpreter is taken down around them.
-        os._exit(130)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -54,7 +85,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     for name in ("absl", "asyncio", "root"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda _: None
-    from jaxmerge.cli import console
+    with _on_interruption(_stop):  # There is nothing yet to leave in order.
+        from jaxmerge.cli import console
+
+        if importlib.util.find_spec(actions := f"jaxmerge.cli.actions.{options.command}") is not None:
+            importlib.import_module(actions)
 
     console.out.quiet = getattr(options, "quiet", False)
     try:
@@ -65,8 +100,11 @@ def _main(arguments: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # Commands tell of their own files themselves: this is standard output.
-        sys.stderr.write(f"jaxmerge: the report cannot be printed: {error.strerror}; what is written stays\n")
+        if error.filename is not None:
+            sys.stderr.write(f"jaxmerge: {error.filename}: {error.strerror}\n")
+            return 1
+        # Commands tell of what they write themselves: this is standard output.
+        sys.stderr.write(f"jaxmerge: what there is to tell cannot be printed: {error.strerror}\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code

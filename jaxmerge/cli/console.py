@@ -1,6 +1,7 @@
 """What commands print: tables for people, JSON for machines, problems, and a progress bar."""
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +25,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-# As wide as the terminal; wide enough for any path where the output goes into a file or a pipe.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+# As wide as the terminal, or as COLUMNS says; wide enough for any path where the output goes into a file or a pipe.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 
 # Spaces between columns, and how much of a long word in one, such as a module's path, must fit in a line.
 _BETWEEN, _WORD = 3, 24

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxmerge.catalog import (
     COMBINATION_TYPES,
+    DTYPES,
     FORMATS,
     METHODS,
     SPACES,
@@ -105,7 +106,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=values.memory,
         metavar="SIZE",
-        help="to work in, such as 2GB; the result is the same (a sixteenth)",
+        help="to work in, such as 2GB; the result is the same (a sixteenth of what there is)",
     )
     which = machine.add_mutually_exclusive_group()
     which.add_argument("--devices", type=values.count, metavar="N", help="how many devices to spread the work over (1)")
@@ -129,7 +130,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def add_dtype(group: argparse._ArgumentGroup, otherwise: str) -> None:
     """The dtype of what is written."""
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=f"of the result ({otherwise})")
+    group.add_argument("--dtype", choices=DTYPES, help=f"of the result ({otherwise})")
 
 
 def add_format(group: argparse._ArgumentGroup, required: bool) -> None:

@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxmerge.tables import html
 from jaxmerge.words import span
+
+if TYPE_CHECKING:
+    from jaxmerge.reports.advice import Advice
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ class Comparison:
     total: Record
     modules: Mapping[str, Record]
 
+    @property
+    def advice(self) -> list["Advice"]:
+        """What the numbers say about merging the adapters, most important first."""
+        from jaxmerge.reports.advice import advise
+
+        return advise(self)
+
     def to_json(self) -> dict[str, Any]:
         """The records as plain lists, dictionaries and numbers; adapters count from 1 there, as in reports."""
         return {
@@ -120,7 +130,8 @@ class Comparison:
         from jaxmerge.comparison import tables
 
         about = [f"{len(self.adapters)} adapters", f"{len(self.modules)} modules"]
-        return html("Comparison", about, tables.adapters(self), tables.pairs(self), tables.kinds(self))
+        advice = [f"{one.what} {one.why}" for one in self.advice]
+        return html("Comparison", about, tables.adapters(self), tables.pairs(self), tables.kinds(self), *advice)
 
 
 def _plain(record: Record) -> dict[str, Any]:

@@ -48,15 +48,25 @@ def pairs(found: Comparison) -> Table:
 def legend(found: Comparison) -> str:
     """What the columns mean, and the rate of different signs over all adapters."""
     told = (
-        "Effective rank: how many directions carry a change. Overlap: how far two adapters write into (B) or read from "
-        "(A) the same directions. Spaces of A: collapsed where training began from one initialisation, the median "
-        "principal cosine above 0.9; separate below 0.5."
+        "Effective rank: how many directions carry a change, (Σσ²)² / Σσ⁴ of a module's singular values σ, the mean "
+        "over modules. Overlap: how far two adapters write into (B) or read from (A) the same directions. Spaces of A: "
+        "collapsed where training began from one initialisation, the median principal cosine above 0.9; separate below "
+        "0.5."
     )
+    if any(record.sign_error for record in found.modules.values()):
+        told += (
+            " Signs: of a sample of each module's entries; ± is one standard error, and that of a single module is "
+            f"{percent(_largest_error(found))} at most."
+        )
     total, n = found.total, len(found.adapters)
     if n == 2 or total.sign_conflict is None:
         return told
     rate, chance = _rate(total.sign_conflict, total.sign_error), percent(1 - 2 ** (1 - n))
     return f"{told}\nOf all entries {rate} differ in sign between some two of the {n}; by chance {chance}."
+
+
+def _largest_error(found: Comparison) -> float:
+    return max(pair.sign_error or 0.0 for record in found.modules.values() for pair in record.pairs)
 
 
 def kinds(found: Comparison) -> Table | str:

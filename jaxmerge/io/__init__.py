@@ -248,6 +248,8 @@ def check_target(adapters: Sequence[Adapter], path: Path, conversion: Conversion
     remote = orbax.is_remote(path)
     if remote and writer is not orbax and adapters[0].modules:  # Without any it stands for one that cannot be read.
         raise ValueError(f"{path}: only Orbax checkpoints are written to such places, and this is to be none")
+    if writer is peft and force and not remote and is_orbax(path):
+        raise ValueError(f"{path}: is an Orbax checkpoint, which --force does not replace by a PEFT folder; remove it")
     (orbax if remote else writer).check_target(path, force)
     if writer is orbax and not converts and metadata.place is None:
         raise ValueError(

@@ -16,7 +16,7 @@ from jaxmerge.catalog import COMBINATION_TYPES, DTYPES, METHODS, SPACES, STAGES,
 from jaxmerge.memory import default_memory, parse_memory, release
 from jaxmerge.sparsify import bind_density
 from jaxmerge.values import each
-from jaxmerge.words import by, folded, short
+from jaxmerge.words import by, folded, short, were_given
 
 Weights = Sequence[ArrayLike | Mapping[str, ArrayLike]] | Array | None
 
@@ -136,7 +136,7 @@ def one_of_problems(stage: str, given: Collection[str]) -> list[str]:
     if not row.one_of or len(given) == 1:
         return []
     known = ", ".join(h.name for h in row.hyperparameters)
-    return [f"stage {stage} takes one of {known}: {' and '.join(given) or 'none'} was given"]
+    return [f"stage {stage} takes one of {known}: {were_given(list(given))}"]
 
 
 def of_stage(name: str, problem: str) -> str:
@@ -196,7 +196,7 @@ def _range_problem(hyperparameter: Hyperparameter, value: Any) -> list[str]:
               "above": hyperparameter.above, "below": hyperparameter.below}  # fmt: skip
     holds = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
     if any(bound is not None and not holds[words](number, bound) for words, bound in bounds.items()):
-        wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+        wanted = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None)
         return [f"{name} should be {wanted}, got {number:g}"]
     return []
 
@@ -233,6 +233,8 @@ def _number(weight: Any) -> ArrayLike | None:
     """A weight as a float, or as it is where its value is traced; None if it is not a number."""
     if not has_values(weight):
         return weight if weight.ndim == 0 else None
+    if weight is None:  # NaN to NumPy.
+        return None
     try:
         array = np.asarray(weight, np.float64)
     except (TypeError, ValueError):
@@ -315,7 +317,7 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     problems = [
         f"{adapter_name(adapters, i)}: holds no modules" for i, adapter in enumerate(adapters) if not adapter.modules
     ]
-    found: list[tuple[str, str]] = []
+    found = []
     for path in all_paths(adapters):
         seen: dict[tuple[Any, ...], list[str]] = {}
         for index, adapter in enumerate(adapters):
@@ -327,7 +329,7 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
             seen.setdefault((*lora.batch, *lora.features), []).append(name)
         if len(seen) > 1:
             shapes = "; ".join(f"{by(*shape)} in {', '.join(who)}" for shape, who in seen.items())
-            found.append((path, f"has different shapes: {shapes}"))
+            found.append(f"module {path} has different shapes: {shapes}")
     return problems + folded(found)
 
 

@@ -38,11 +38,11 @@ from jaxmerge.merging.checks import (
 )
 from jaxmerge.merging.scope import DensityScope, scope_problems
 from jaxmerge.merging.stacks import Bucket, Program
-from jaxmerge.merging.staging import StageLike, checked_stages
+from jaxmerge.merging.staging import StageLike, as_stages, checked_stages
 from jaxmerge.merging.steps import Plan, Setting
 from jaxmerge.values import at
 from jaxmerge.version import versions
-from jaxmerge.words import size
+from jaxmerge.words import short, size
 
 
 def plan_merge(
@@ -66,6 +66,8 @@ def plan_merge(
 ) -> Plan:
     """Checks a merge. Arguments and errors are those of `jaxmerge.merge`."""
     adapters = as_adapters(adapters)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh should be a jax.sharding.Mesh, got {short(mesh)}")
     if not adapters:
         raise ValueError("there is nothing to merge: no adapters")
     method, space = method_and_space(method, space, combination_type)
@@ -78,7 +80,8 @@ def plan_merge(
         method, space, hyperparameters = "linear", "full", {}
     problems += sign_problems(method, weights)
     problems += key_problems(method, key)
-    staging = checked_stages(stages, adapters, problems)
+    named = as_stages(stages)
+    staging = checked_stages(named, adapters, problems)
     rank, dtype = checked_rank(rank, problems), checked_dtype(dtype, problems)
     problems += shape_problems(adapters)
     problems += base_problems(adapters, allow_different_bases)
@@ -117,7 +120,7 @@ def plan_merge(
         "combination_type": combination_type,
         "rank": rank,
         "density_scope": density_scope,
-        "stages": [[stage, {}] if isinstance(stage, str) else [stage[0], _recordables(stage[1])] for stage in stages],
+        "stages": [[name, _recordables(values)] for name, values in named],
         "hyperparameters": _recordables({**choices, **numbers}),
         "key": None if key is None or not METHODS[method].random else _recordable_key(key),
         "dtype": dtype,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxmerge.spaces import Factors, Lifted
 from jaxmerge.spaces.pipe import nothing_lost
 from jaxmerge.sparsify import round_to
 from jaxmerge.values import at
+from jaxmerge.words import short
 
 # A name in `STAGES`, alone or with its hyperparameters.
 StageLike = str | tuple[str, Mapping[str, Any]]
@@ -90,11 +91,30 @@ class Staging:
         return tuple({name: along(value) for name, value in numbers.items()} for numbers in self.numbers[:count])
 
 
-def checked_stages(asked: Sequence[StageLike], adapters: Sequence[Adapter], problems: list[str]) -> Staging:
+def as_stages(asked: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Names and hyperparameters of stages, each given as a name, as a pair, or as in recipes, ``{name: {...}}``.
+
+    Raises:
+        ValueError: If one is given otherwise.
+    """
+    given = [asked] if isinstance(asked, str | Mapping) or not isinstance(asked, Iterable) else list(asked)
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for one in given:
+        pair = (one, {}) if isinstance(one, str) else one
+        pair = next(iter(pair.items())) if isinstance(pair, Mapping) and len(pair) == 1 else pair
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
+            raise ValueError(f"a stage is a name, or a pair of a name and its hyperparameters, not {short(one)}")
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def checked_stages(
+    asked: Sequence[tuple[str, Mapping[str, Any]]], adapters: Sequence[Adapter], problems: list[str]
+) -> Staging:
     """The stages that are asked for; what is wrong with them is added to the problems."""
     read, numbers = [], []
-    for given in [asked] if isinstance(asked, str) else asked:
-        name, values = (given, {}) if isinstance(given, str) else given
+    for name, values in asked:
         if name not in STAGES:
             problems.append(f"unknown stage {name!r}: there are {', '.join(STAGES)}")
             continue

@@ -223,7 +223,7 @@ def _stages(recipe: Recipe) -> _Found:
 def _of_cell(recipe: Recipe, method: str, space: str) -> _Found:
     """What the method and the space do not take, or miss."""
     known = {h.name: h for h in hyperparameters_of(method, space)}
-    takes = f"it takes {', '.join(known)}" if known else "it takes none of these"
+    takes = f"it takes {', '.join(known)}" if known else "it takes no hyperparameters"
     at = next((place for name in ("method", "combination_type") if recipe.places.has(*(place := (name,)))), ())
     cell = f"method {method}" + (f" in space {space}" if SPACES[space].hyperparameters else "")
     for place, given in [((), recipe.hyperparameters), *_own(recipe)]:

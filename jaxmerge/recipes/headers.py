@@ -102,7 +102,8 @@ def _hint(problem: str, path: str) -> str:
     folder, name = Path(path).parent, Path(path).name
     if "there is no such" not in problem or "://" in path or not folder.is_dir():
         return ""
-    near = difflib.get_close_matches(name, [entry.name for entry in folder.iterdir()], n=1)
+    others = [entry.name for entry in folder.iterdir() if entry.name != name]
+    near = difflib.get_close_matches(name, others, n=1)
     return "".join(f"; did you mean {folder / one}?" for one in near)
 
 

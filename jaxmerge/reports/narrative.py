@@ -158,7 +158,7 @@ def _norms(report: Report) -> list[str]:
         return [f"Changes nothing, all its weights being 0: {names}."]
     result = f", and the result {number(report.contributions.total.norm)}" if report.contributions else ""
     ratio = max(norms) / min(norms)
-    even = f", {ratio:.1f}-fold" if ratio >= 2 else ""
+    even = f", {ratio:.3g}-fold" if ratio >= 2 else ""
     return [f"The adapters have norms of {span(norms, 3)}{even}{result}."]
 
 

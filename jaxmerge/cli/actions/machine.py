@@ -49,6 +49,11 @@ def join(options: argparse.Namespace) -> None:
     try:
         jax.distributed.initialize(**explicit)
     except (RuntimeError, ValueError) as error:
+        if not given and "should be defined" in str(error):
+            raise ValueError(
+                "--distributed: nothing here says who the other processes are; give HOST:PORT of the first, how many "
+                "there are, and which this is"
+            ) from None
         raise ValueError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
 
 

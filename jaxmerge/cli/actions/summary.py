@@ -91,7 +91,7 @@ def _remarks(adapters: list[Adapter], merged: Adapter, kept: float) -> list[str]
     elif METHODS[record["method"]].linear and kept == 1:
         origin = _sum_of_ranks(adapters, merged, rank)
         remarks.append(f"rank {rank}{origin}, exact")
-        if rank > largest:
+        if rank > largest and record["space"] != "ctm":  # Which compresses otherwise for a smaller rank.
             at_largest = energy_at_rank(spectra(merged), largest)
             remarks[-1] += f"; --rank {largest} keeps {percent(at_largest)} of the energy"
     if all(float(energy.total) == 0 for energy in merged.energy.values()):

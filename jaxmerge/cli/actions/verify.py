@@ -34,8 +34,8 @@ def _print(found: Verification) -> None:
         out.print(table(*found.table()))
         out.print()
         out.print(
-            "found: the adapter's number in the weighted sum of all that is nearest to the result; "
-            "projection: what lies along it, with what others have in common with it",
+            f"found, in these {len(found.sampled)} modules: the adapter's number in the weighted sum of all that is "
+            "nearest to the result; projection: what lies along it, with what others have in common with it",
             style="dim",
         )
     for problem in found.problems:

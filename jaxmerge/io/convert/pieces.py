@@ -14,6 +14,7 @@ from jaxmerge.io.convert.regroup import missing_size
 from jaxmerge.io.convert.targets import TARGETS, Target
 from jaxmerge.io.trees import TREE_FORMATS, Rule, TreeLayout, layout_of
 from jaxmerge.layouts import Conversion, Row, Table, fill, layer_number, match, placeholders, rows_of_scanned, tables
+from jaxmerge.words import folded
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def settle(adapter: Adapter, conversion: Conversion) -> tuple[list[Piece] | None
         into = _put_together(features, table, fixed, conversion, partial, problems)
         problems += [found for piece in into if isinstance(found := target_layout(piece, target), str)]
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise ValueError("\n".join(folded(dict.fromkeys(problems))))
     return out_of, into
 
 

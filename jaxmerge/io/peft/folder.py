@@ -44,7 +44,8 @@ def find_folder(path: Path) -> Path:
     """
     try:
         if not path.exists():
-            raise ValueError(f"{path}: there is no such folder")
+            what = "is a broken link" if path.is_symlink() else "there is no such folder"
+            raise ValueError(f"{path}: {what}")
     except (OSError, RuntimeError) as error:  # A name too long, a link to itself.
         raise ValueError(f"{path}: cannot be opened: {atomic.one_line(error)}") from None
     if path.is_file():

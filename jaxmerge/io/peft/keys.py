@@ -44,7 +44,7 @@ _FOREIGN: Sequence[tuple[str, str]] = [
     ("lokr_", "LoKr"),
     ("oft_", "OFT"),
     ("vera_lambda", "VeRA"),
-    ("lora_", "a kind of LoRA tensor that jaxmerge does not know"),
+    ("lora_", "a kind of LoRA that jaxmerge does not know"),
 ]
 
 # Switches in adapter_config.json under which scale·B·A is not the change of the weight.
@@ -147,7 +147,7 @@ def read_contents(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) 
         problems.append(f"holds no {whats}")
     check = _check_module if kind == "LORA" else functools.partial(_check_product, kind=kind)
     found = [(path, check(path, module, tensors, config)) for path, module in modules.items()]
-    problems += folded((path, problem) for path, problem in found if problem)
+    problems += folded(f"module {path} {problem}" for path, problem in found if problem)
     return Contents(modules, extras, problems, _own_base(config), kind)
 
 

@@ -28,6 +28,10 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
     if path.name == PICKLED:
         return {key: TensorSpec(_name(array.dtype), array.shape) for key, array in _read_pickled(path).items()}
     try:
+        path.open("rb").close()  # The library says of whatever cannot be opened that it is not there.
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
         with safetensors.safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
