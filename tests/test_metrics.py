@@ -135,9 +135,24 @@ def check_pair(pair, matrices, norms):
     check_rate(pair.sign_conflict, pair.sign_error, [m[i][0] * m[j][0] < 0 for m in both])
 
 
+@pytest.fixture(autouse=True)
+def few_entries(monkeypatch):
+    """Samples, where there are more entries than in most of these modules."""
+    monkeypatch.setattr(metrics, "EXACT", metrics.SAMPLE)
+
+
+def test_signs_of_modules_up_to_a_million_are_counted(monkeypatch):
+    monkeypatch.undo()
+    rng = np.random.default_rng(6)
+    a, b = normal(rng, 2, 3, 1024), normal(rng, 2, 1024, 3)
+    found = metrics.sign_conflicts(metrics.stack(list(a), list(b), [1.0, 1.0]), seed=0)
+    assert found.drawn == 0
+    assert found.pairs[0] == np.mean((b[0] @ a[0]) * (b[1] @ a[1]) < 0)
+
+
 def check_rate(rate, error, differ):
     exact = np.concatenate([d.ravel() for d in differ]).mean()
-    if all(d.size <= metrics.SAMPLE for d in differ):
+    if all(d.size <= metrics.EXACT for d in differ):
         assert error == 0
         close(rate, exact)
     else:

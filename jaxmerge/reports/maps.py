@@ -177,8 +177,8 @@ _PAIR_MEASURES = (
     _PairMeasure(
         "sign_conflict",
         "Opposite signs",
-        "The share of entries that one adapter raises and the other lowers; of a sample, which in a single module is "
-        "half a percent off or so. Unrelated adapters differ in half of them.",
+        "The share of entries that one adapter raises and the other lowers; in modules of more than a million, of a "
+        "sample that is half a percent off or so. Unrelated adapters differ in half of them.",
         centre=0.5,
     ),
     _PairMeasure(

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"ok": True, **found.to_json(), "advice": [item._asdict() for item in advice]})
         return 0
     for part in (show(found) for show in (tables.adapters, tables.pairs, tables.legend, tables.kinds, tables.energy)):
-        out.print(table(*part) if isinstance(part, Table) else part, soft_wrap=False)
+        out.print(table(*part) if isinstance(part, Table) else "\n".join(map(wrapped, part.splitlines())))
         out.print()
     for item in advice:
         out.print(f"[bold]{escape(wrapped(item.what))}[/bold]")
