@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.base import Array, Energy
+from jaxmerge.svd import svd
 
 
 def thin_qr(columns: Array) -> tuple[Array, Array]:
@@ -120,7 +121,7 @@ def truncated_svd(matrix: Operator, rank: int) -> tuple[Array, Array, Array, Ene
     """
     depth = min(_DEPTH, min(matrix.shape) // (2 * (rank + _OVERSAMPLING)))
     if depth < 3:
-        u, s, vt = jnp.linalg.svd(matrix.whole(), full_matrices=False)
+        u, s, vt = svd(matrix.whole())
         energy = s * s
         lost = Energy(jnp.sum(energy), jnp.sum(energy[rank:]), jnp.zeros((), s.dtype))
         return u[:, :rank], s[:rank], vt[:rank], lost
@@ -202,7 +203,8 @@ def _matmul(x: Array, y: Array) -> Array:
 
 def balanced(u: Array, s: Array, vt: Array) -> tuple[Array, Array]:
     """Factors ``a = √s·vt`` and ``b = u·√s``: of equal norm, so that half types hold both as well as can be."""
-    root = jnp.sqrt(s)
+    some = s > 0  # The root has no slope at 0.
+    root = jnp.where(some, jnp.sqrt(jnp.where(some, s, 1)), 0)
     return root[:, None] * vt, u * root
 
 

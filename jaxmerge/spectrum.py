@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxmerge.base import Array
+from jaxmerge.svd import cutoff, matmul, svd
 
 # A share may be a number that float32 has not quite: 0.29 of 100 is 29.
 _SLACK = 1e-3
@@ -48,16 +49,6 @@ class Spectrum(NamedTuple):
         return self.kept(jnp.arange(self.s.size, dtype=self.s.dtype) < count)
 
 
-def matmul(x: Array, y: Array) -> Array:
-    """``x @ y`` in full precision on every device."""
-    return jnp.matmul(x, y, precision="highest")
-
-
-def cutoff(matrix: Array) -> float:
-    """What size of a singular value is no more than rounding, relative to the largest: NumPy's rule for the rank."""
-    return float(jnp.finfo(matrix.dtype).eps) * max(matrix.shape[-2:])
-
-
 def decompose(matrix: Array, scale: Array | float = 0.0, most: int | None = None) -> Spectrum:
     """The singular value decomposition, with directions null that are no more than rounding.
 
@@ -70,7 +61,7 @@ def decompose(matrix: Array, scale: Array | float = 0.0, most: int | None = None
     Returns:
         ``k = min(p, q, most)`` directions.
     """
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = svd(matrix)
     u, s, vt = u[:, :most], s[:most], vt[:most]
     found = s > cutoff(matrix) * jnp.maximum(s[0], jnp.asarray(scale, s.dtype))
     return Spectrum(u, s, vt).kept(found)

@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.lowrank import balanced, thin_qr
 from jaxmerge.spaces import Factors
-from jaxmerge.spectrum import Spectrum, count_by, cutoff, decompose, matmul, mean_value
+from jaxmerge.spectrum import Spectrum, count_by, decompose, mean_value
+from jaxmerge.svd import cutoff, matmul
 from jaxmerge.words import were_given
 
 Pair = tuple[Array, Array]

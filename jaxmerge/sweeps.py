@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from jaxmerge import datafree
 from jaxmerge.base import Adapter, Array, LoRA, promote
 from jaxmerge.catalog import METHODS, all_hyperparameters
 from jaxmerge.merging.checks import checked_weights, hyperparameter_problems, method_and_space, raise_problems
@@ -125,6 +126,8 @@ def sweep(
         "method": method, "space": space, "rank": rank, "combination_type": combination_type, "weights": weights,
         "key": key, "mesh": mesh, "memory": memory, "stages": stages, **hyperparameters,
     }  # fmt: skip
+    if evaluate is datafree.scores:
+        raise ValueError("evaluate should be what jm.scores(adapters) gives, not jm.scores itself")
     if not callable(evaluate):
         raise ValueError(f"evaluate should be a function of a merged adapter, got {short(evaluate)}")
     _check_grid(grid, fixed)

@@ -32,7 +32,7 @@ from jaxmerge.words import counted
 _SAMPLE = 16
 # Relative differences up to which a module counts as made again: those of rounding, on whatever machine, and of a few
 # entries that a threshold takes there and not here.
-_SAME = {"float64": 1e-3, "float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+_SAME = {"float64": 1e-3, "float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
 _STATUS = {
     "same": "made again to the bit",
     "close": "made again, but for rounding",

@@ -22,15 +22,16 @@ SOURCE = Path(jm.__file__).parent
 FLOORS = {
     "markup": -2, "values": -2, "words": -2, "tables": -1,
     "base": 0, "threads": 0, "catalog": 0, "layouts": 0, "version": 0,
-    "memory": 1, "selection": 1, "datafree": 1, "lowrank": 1, "sharding": 1, "lapack": 1, "spectrum": 1,
-    "sparsify": 2, "dense": 2, "metrics": 2,
-    "consensus": 3, "extras": 3, "io": 3, "spaces": 3,
-    "methods": 4, "stages": 4, "inspection": 4,
-    "merging": 5,
-    "comparison": 6, "attribution": 6,
-    "sweeps": 6, "resizing": 6, "previewing": 6, "converting": 6,
-    "recipes": 7, "reports": 7, "plots": 8, "verification": 8,
-    "cli": 9, "__main__": 10,
+    "svd": 1,
+    "memory": 2, "selection": 2, "datafree": 2, "lowrank": 2, "sharding": 2, "lapack": 2, "spectrum": 2,
+    "sparsify": 3, "dense": 3, "metrics": 3,
+    "consensus": 4, "extras": 4, "io": 4, "spaces": 4,
+    "methods": 5, "stages": 5, "inspection": 5,
+    "merging": 6,
+    "comparison": 7, "attribution": 7,
+    "sweeps": 7, "resizing": 7, "previewing": 7, "converting": 7,
+    "recipes": 8, "reports": 8, "plots": 9, "verification": 9,
+    "cli": 10, "__main__": 11,
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 import jaxmerge as jm
 from jaxmerge.cli import main
-from jaxmerge.reports import advice
-from jaxmerge.reports.advice import advise
+from jaxmerge.comparison import advice
+from jaxmerge.comparison.advice import advise
 from tests.cohort import Cohort
 
 ADAPTERS = Path(__file__).parent / "adapters"

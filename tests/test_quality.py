@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from jaxmerge.reports import advice
+from jaxmerge.comparison import advice
 from scripts import minilm, quality, quality_tables, scoring, tuning
 from tests.test_minilm import small
 

@@ -202,6 +202,24 @@ def test_a_chain_is_merging_twice(folder, three, tmp_path, inline):
     assert record["inputs"][0]["energy_kept"] == pytest.approx(float(jm.energy_kept(once)))
 
 
+def test_the_result_of_a_recipe_inside_goes_on_in_the_dtype_of_the_outer_one(three, tmp_path):
+    halves = [dataclasses.replace(one, modules={p: _half(lora) for p, lora in one.modules.items()}) for one in three]
+    for name, one in zip("abc", halves, strict=True):
+        jm.save(one, tmp_path / name)
+    text = "adapters: [a, {recipe: {adapters: [b, c], rank: 2}}]\n"
+    (tmp_path / "recipe.yaml").write_text(text + "dtype: float32\n")
+    found = jm.merge_recipe(tmp_path / "recipe.yaml")
+    first, *others = [jm.load(tmp_path / name) for name in "abc"]
+    expected = jm.merge([first, jm.merge(others, rank=2, dtype="float32")], dtype="float32")
+    assert_same(found, expected)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert {str(lora.a.dtype) for lora in jm.merge_recipe(tmp_path / "recipe.yaml").modules.values()} == {"float16"}
+
+
+def _half(lora):
+    return dataclasses.replace(lora, a=np.asarray(lora.a).astype(np.float16), b=np.asarray(lora.b).astype(np.float16))
+
+
 def test_a_chain_of_chains_in_other_folders(folder, three, tmp_path):
     deep = tmp_path / "deep"
     deep.mkdir()

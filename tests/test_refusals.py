@@ -582,7 +582,6 @@ def refused(match: str, *arguments, **keywords) -> str:
         ("rank 9 is more .* the largest possible is 4", {"rank": 9}),
         ("rank 9 is more .* the largest possible is 5", {"rank": 9, "method": "ties", "density": 0.5}),
         ("rank 3 is more .* the largest possible is 2", {"rank": 3, "combination_type": "linear"}),
-        ("agreeing is 3, and there are 2 adapters", {"method": "consensus", "agreeing": 3}),
         ("a stage is a name, or a pair of a name and its hyperparameters, not None", {"stages": [None]}),
         ("a stage is a name, or a pair .*, not {'a': 1, 'b': 2}", {"stages": [{"a": 1, "b": 2}]}),
         (r"a stage is a name, or a pair .*, not \('scale', 0.5\)", {"stages": [("scale", 0.5)]}),

@@ -190,3 +190,8 @@ def test_settings_at_a_time_are_settings_in_turn():
         )
         delta, other = (lifted.b @ lifted.a for lifted in (in_turn, together))
         np.testing.assert_allclose(delta, other, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_are_made_for_adapters():
+    with pytest.raises(ValueError, match=r"what jm\.scores\(adapters\) gives, not jm\.scores itself"):
+        jm.sweep(adapters(), jm.scores, {"scale": [1.0]})

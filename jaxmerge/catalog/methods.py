@@ -172,7 +172,7 @@ METHODS: Mapping[str, Method] = {
                 least=0,
             ),
             Hyperparameter(
-                "agreeing", "how many tasks must use an entry", "count", default=2, least=1, of_adapters=True
+                "agreeing", "how many tasks must use an entry; all, where there are fewer", "count", default=2, least=1
             ),
         ),
     ),

@@ -31,7 +31,6 @@ class Hyperparameter:
         above: What values must be greater than.
         below: What they must be less than.
         whole: Whether a number must be whole, as a count is, though it may be traced.
-        of_adapters: Whether it counts adapters, of which there are no more than there are.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Hyperparameter:
     above: float | None = None
     below: float | None = None
     whole: bool = False
-    of_adapters: bool = False
 
     @property
     def traceable(self) -> bool:

@@ -9,7 +9,7 @@ from jaxmerge.tables import html
 from jaxmerge.words import span
 
 if TYPE_CHECKING:
-    from jaxmerge.reports.advice import Advice
+    from jaxmerge.comparison.advice import Advice
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Comparison:
     @property
     def advice(self) -> list["Advice"]:
         """What the numbers say about merging the adapters, most important first."""
-        from jaxmerge.reports.advice import advise
+        from jaxmerge.comparison.advice import advise
 
         return advise(self)
 

@@ -124,9 +124,6 @@ def hyperparameter_problems(
         if value is not None or not optional:
             tasks = n if name in METHODS[method].per_adapter else None
             problems += hyperparameter_problem(f"method {method}", hyperparameter, value, tasks)
-        # The default is for any number of them.
-        if hyperparameter.of_adapters and isinstance(value, int) and value > max(n, hyperparameter.default):
-            problems.append(f"{name} is {value}, and there are {n} adapters")
     return list(dict.fromkeys(problems))
 
 

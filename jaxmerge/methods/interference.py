@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights
 from jaxmerge.methods.weighted import task_norms, tasks_present, weighted_tasks
-from jaxmerge.spectrum import cutoff, matmul
+from jaxmerge.svd import cutoff, matmul
 
 
 def pico(task_tensors: Tasks, weights: Weights) -> Array:

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights
 from jaxmerge.methods.weighted import Ranks, ranked_tasks, task_norms, tasks_present
-from jaxmerge.spectrum import Spectrum, at_most, decompose, decompose_each, matmul, mean_value, polar
+from jaxmerge.spectrum import Spectrum, at_most, decompose, decompose_each, mean_value, polar
+from jaxmerge.svd import matmul
 
 
 def tsv(task_tensors: Tasks, weights: Weights, *, ranks: Ranks = None) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxmerge.base import Array
 from jaxmerge.methods.tasks import Tasks, Weights
 from jaxmerge.methods.weighted import weighted_tasks
-from jaxmerge.spectrum import cutoff, matmul
+from jaxmerge.svd import cutoff, matmul
 
 
 def lego(task_tensors: Tasks, weights: Weights, *, rank: int, iterations: int = 20) -> Array:

@@ -1,5 +1,6 @@
 """A recipe as arguments of `jaxmerge.merge` and `jaxmerge.save`, once it is known what modules there are."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,6 +105,13 @@ def _whole(rank: Any) -> Any:
     if not isinstance(rank, Mapping):
         return rank
     return {path: round(x) if isinstance(x, float) and math.isfinite(x) else x for path, x in rank.items()}
+
+
+def as_part(inner: Recipe, outer: Recipe) -> Recipe:
+    """A recipe as it is run inside of another, whose dtype it has where that is the finer: its result goes on."""
+    if inner.dtype is not None or outer.dtype not in ("float32", "float64"):
+        return inner
+    return dataclasses.replace(inner, dtype=outer.dtype)
 
 
 def truncation(recipe: Recipe) -> Rule | None:

@@ -13,7 +13,7 @@ from jaxmerge import io
 from jaxmerge.base import Adapter
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.merging.steps import Plan
-from jaxmerge.recipes.arguments import at_modules, merge_arguments, reading
+from jaxmerge.recipes.arguments import as_part, at_modules, merge_arguments, reading
 from jaxmerge.recipes.checks import own_problems
 from jaxmerge.recipes.model import Recipe, Source
 from jaxmerge.recipes.places import Problem
@@ -81,7 +81,7 @@ def _shapes(recipe: Recipe, i: int, placing: Mapping[str, Any]) -> tuple[Adapter
     """An adapter as shapes, or None; and what is wrong with it."""
     source = recipe.adapters[i]
     if source.recipe is not None:
-        found = _inspected(source.recipe, placing)
+        found = _inspected(as_part(source.recipe, recipe), placing)
         return None if found.plan is None else _named(found.plan.outline(), recipe, source), found.problems
     if not isinstance(source.path, str) or source.path == "":
         return None, []  # Told already.

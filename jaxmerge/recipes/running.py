@@ -18,7 +18,7 @@ from jaxmerge.base import Adapter, energy_kept
 from jaxmerge.memory import Overflow
 from jaxmerge.merging.plan import plan_merge
 from jaxmerge.merging.steps import Plan
-from jaxmerge.recipes.arguments import merge_arguments, reading, truncation
+from jaxmerge.recipes.arguments import as_part, merge_arguments, reading, truncation
 from jaxmerge.recipes.headers import called, inspect
 from jaxmerge.recipes.model import Recipe, Source
 from jaxmerge.recipes.places import Problem, raise_problems
@@ -142,7 +142,7 @@ def _load(recipe: Recipe, workplace: Workplace, advance: Callable[..., None]) ->
     sources: list[Adapter | Loaded] = []
     for source in recipe.adapters:
         if source.recipe is not None:
-            sources.append(_load(source.recipe, workplace, advance))
+            sources.append(_load(as_part(source.recipe, recipe), workplace, advance))
             continue
         path, options = reading(recipe, source)
         adapter = io.load(path, mesh=workplace.mesh, mapped=True, **options)

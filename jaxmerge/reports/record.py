@@ -10,9 +10,9 @@ from typing import Any
 from jaxmerge.attribution import Contributions, Part, contributions
 from jaxmerge.base import Adapter
 from jaxmerge.comparison import Comparison, Record, compare
+from jaxmerge.comparison.advice import Advice, advise
 from jaxmerge.io.recipe_file import dump, moved
 from jaxmerge.merging.checks import Weights, adapter_name, as_adapters
-from jaxmerge.reports.advice import Advice, advise
 from jaxmerge.reports.grid import short_names
 from jaxmerge.reports.narrative import summary_of
 from jaxmerge.reports.writing import write

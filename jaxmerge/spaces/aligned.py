@@ -26,6 +26,7 @@ from jaxmerge.spaces.pipe import (
     side_by_side,
     upright,
 )
+from jaxmerge.svd import svd
 
 Basis = Literal["reference", "balanced", "hosvd"]
 
@@ -58,7 +59,7 @@ def _project_knots(factors: Factors, rank: int) -> tuple[Sequence[Array], _Bases
         scale * matmul(r_b[:, block], right.T)
         for block, right, scale in zip(blocks, rights, factors.scales, strict=True)
     ]
-    u, s, vt = jnp.linalg.svd(jnp.concatenate(coupled, axis=1), full_matrices=False)
+    u, s, vt = svd(jnp.concatenate(coupled, axis=1))
     held = _held(s, max(q_b.shape[0], sum(a.shape[1] for a in factors.a)))
     u = matmul(q_b, u)
     signs = upright(u)
@@ -102,8 +103,8 @@ def _project_core(factors: Factors, rank: int, *, basis: Basis = "reference") ->
             *[_split(b, a, scale, power) for b, a, scale in zip(frame.left, frame.right, factors.scales, strict=True)],
             strict=True,
         )
-    u, rows, _ = jnp.linalg.svd(jnp.concatenate(left, axis=1), full_matrices=False)
-    _, columns, vt = jnp.linalg.svd(jnp.concatenate(right, axis=0), full_matrices=False)
+    u, rows, _ = svd(jnp.concatenate(left, axis=1))
+    _, columns, vt = svd(jnp.concatenate(right, axis=0))
     held = _held(rows, factors.features[0]), _held(columns, factors.features[1])
     u, v = jnp.where(held[0], u, jnp.zeros_like(u)), jnp.where(held[1], vt.T, jnp.zeros_like(vt.T))
     basis_b, basis_a = matmul(frame.q_b, u), matmul(frame.q_a, v)
@@ -122,7 +123,7 @@ def _split(b: Array, a: Array, scale: Array, power: float) -> tuple[Array, Array
     """``U Sᵖ`` and ``Sᵖ Vᵀ`` of ``scale · b @ a = U S Vᵀ``."""
     q_b, r_b = thin_qr(b)
     q_a, r_a = thin_qr(a.T)
-    u, s, vt = jnp.linalg.svd(scale * matmul(r_b, r_a.T), full_matrices=False)
+    u, s, vt = svd(scale * matmul(r_b, r_a.T))
     weight = s**power
     return matmul(q_b, u) * weight, weight[:, None] * matmul(vt, q_a.T)
 

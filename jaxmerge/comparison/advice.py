@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxmerge.catalog import METHODS, SPACES
-from jaxmerge.comparison import Comparison, Pair
+from jaxmerge.comparison.records import Comparison, Pair
 from jaxmerge.values import each
 from jaxmerge.words import percent
 
