@@ -1,4 +1,4 @@
-"""The singular value decomposition, with derivatives."""
+"""Products, roots and singular values in full precision, with derivatives also where the plain ones have none."""
 
 from typing import Any
 
@@ -11,6 +11,12 @@ from jaxmerge.base import Array
 def matmul(x: Array, y: Array) -> Array:
     """``x @ y`` in full precision on every device."""
     return jnp.matmul(x, y, precision="highest")
+
+
+def root(square: Array) -> Array:
+    """The root; 0 with a slope of 0 where there is nothing, or less by rounding."""
+    nothing = square <= 0
+    return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
 
 
 def cutoff(matrix: Array) -> float:

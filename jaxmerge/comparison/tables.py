@@ -53,20 +53,18 @@ def legend(found: Comparison) -> str:
         "collapsed where training began from one initialisation, the median principal cosine above 0.9; separate below "
         "0.5."
     )
-    if any(record.sign_error for record in found.modules.values()):
+    if error := max(
+        (pair.sign_error or 0.0 for record in found.modules.values() for pair in record.pairs), default=0.0
+    ):
         told += (
             " Signs: of a sample of each module's entries; ± is one standard error, and that of a single module is "
-            f"{percent(_largest_error(found))} at most."
+            f"{percent(error)} at most."
         )
     total, n = found.total, len(found.adapters)
     if n == 2 or total.sign_conflict is None:
         return told
     rate, chance = _rate(total.sign_conflict, total.sign_error), percent(1 - 2 ** (1 - n))
     return f"{told}\nOf all entries {rate} differ in sign between some two of the {n}; by chance {chance}."
-
-
-def _largest_error(found: Comparison) -> float:
-    return max(pair.sign_error or 0.0 for record in found.modules.values() for pair in record.pairs)
 
 
 def kinds(found: Comparison) -> Table | str:

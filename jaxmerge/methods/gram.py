@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxmerge.base import Array, promote
 from jaxmerge.consensus import sum_tasks
 from jaxmerge.methods.tasks import Tasks, Weights, as_weights, stack_tasks, weigh
+from jaxmerge.svd import matmul, root
 
 # SLERP is linear between directions whose cosine is beyond this, as in mergekit.
 _NEARLY_PARALLEL = 0.9995
@@ -170,7 +171,7 @@ def gram(tasks: Array) -> Array:
     flat = tasks.reshape(tasks.shape[0], -1)
     largest = lax.stop_gradient(jnp.max(jnp.abs(flat), initial=0))
     flat = flat / jnp.where(largest == 0, 1, largest)
-    return _matmul(flat, flat.T)
+    return matmul(flat, flat.T)
 
 
 @functools.partial(jax.jit, static_argnames=("coefficients", "max_iter"))
@@ -182,7 +183,7 @@ def _summed(tasks: Array, weights: Array, coefficients: Callable[..., Array], **
     wide = promote(tasks.dtype, weights.dtype, jnp.float32)
     tasks = tasks.astype(wide)
     products = gram(tasks)
-    lengths = _root(jnp.diagonal(products))
+    lengths = root(jnp.diagonal(products))
     directions = _inverse(lengths)
     cosines = jnp.clip(directions[:, None] * products * directions, -1, 1)
     return sum_tasks(weigh(tasks, coefficients(weights.astype(wide), lengths, cosines, **settings)))
@@ -222,17 +223,17 @@ def _spherical_mean(weights: Array, lengths: Array, cosines: Array, max_iter: in
     tol = jnp.asarray(tol).astype(weights.dtype)
 
     def squared_norm(point: Array) -> Array:
-        return _matmul(point, _matmul(cosines, point))
+        return matmul(point, matmul(cosines, point))
 
     def step(_: int, point: Array) -> Array:
-        dots = jnp.clip(_matmul(cosines, point), -1, 1)
+        dots = jnp.clip(matmul(cosines, point), -1, 1)
         on_line = _on_one_line(dots)
         angle = jnp.arccos(jnp.where(on_line, 0, dots))
         own = pulls * jnp.where(on_line, jnp.where(dots > 0, 1, 0), angle / jnp.sin(angle))
         tangent = own - jnp.sum(own * dots) * point
-        length = _root(squared_norm(tangent))
+        length = root(squared_norm(tangent))
         moved = jnp.cos(length) * point + jnp.sinc(length / jnp.pi) * tangent
-        return jnp.where(length < tol, point, moved * _inverse(_root(squared_norm(moved))))
+        return jnp.where(length < tol, point, moved * _inverse(root(squared_norm(moved))))
 
     square = squared_norm(pulls)
     cancels = square <= _rounding(square)
@@ -271,19 +272,9 @@ def _rounding(like: Array) -> float:
     return 16 * float(jnp.finfo(like.dtype).eps)
 
 
-def _root(square: Array) -> Array:
-    """The root; 0 with a slope of 0 where there is nothing, or less by rounding."""
-    nothing = square <= 0
-    return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
-
-
 def _inverse(array: Array) -> Array:
     """The inverse; 0 with a slope of 0 for 0."""
     return jnp.where(array == 0, 0, 1 / jnp.where(array == 0, 1, array))
-
-
-def _matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision="highest")
 
 
 def _at_most_two(tasks: Array, method: str) -> Array:

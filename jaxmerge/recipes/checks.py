@@ -37,13 +37,9 @@ def recipe_problems(recipe: Recipe) -> list[Problem]:
 def notes_of(recipe: Recipe) -> list[str]:
     """What a recipe without problems says that is not as it may seem, a line each."""
     cell = cell_of(recipe)
-    draws = cell is not None and METHODS[cell[0]].random
-    unused = (
-        []
-        if recipe.seed is None or draws
-        else [f"method {cell[0] if cell else ''} draws nothing: the seed is not used"]
-    )
-    return [*recipe.notes, *unused]
+    if recipe.seed is None or cell is None or METHODS[cell[0]].random:
+        return list(recipe.notes)
+    return [*recipe.notes, f"method {cell[0]} draws nothing: the seed is not used"]
 
 
 def own_problems(recipe: Recipe) -> list[Problem]:

@@ -20,13 +20,12 @@ from jaxmerge.spaces.pipe import (
     as_given,
     cores,
     factor_numbers,
-    matmul,
     nothing_lost,
     rotated,
     side_by_side,
     upright,
 )
-from jaxmerge.svd import svd
+from jaxmerge.svd import matmul, svd
 
 Basis = Literal["reference", "balanced", "hosvd"]
 

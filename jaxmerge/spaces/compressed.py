@@ -16,10 +16,10 @@ from jaxmerge.spaces.pipe import (
     as_given,
     cores,
     factor_numbers,
-    matmul,
     rotated,
     upright,
 )
+from jaxmerge.svd import matmul
 
 # The subspaces are improved until they hold less than this share more of the tasks' energy, or so many times.
 _TOLERANCE = 1e-6

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxmerge.base import Array, Energy
 from jaxmerge.lowrank import thin_qr
+from jaxmerge.svd import matmul
 
 
 class Factors(NamedTuple):
@@ -117,11 +118,6 @@ def rotated(factors: Factors) -> Frame:
 def cores(frame: Frame, scales: Array) -> Array:
     """The tasks in a frame, ``[n, p, q]``."""
     return jnp.stack([scale * matmul(b, a) for b, a, scale in zip(frame.left, frame.right, scales, strict=True)])
-
-
-def matmul(x: Array, y: Array) -> Array:
-    """The product in the numbers' own precision, on every kind of device."""
-    return jnp.matmul(x, y, precision="highest")
 
 
 def upright(columns: Array) -> Array:

@@ -15,10 +15,10 @@ from jaxmerge.spaces.pipe import (
     as_given,
     cores,
     factor_numbers,
-    matmul,
     nothing_lost,
     rotated,
 )
+from jaxmerge.svd import matmul
 
 
 def _project_dense(factors: Factors, rank: int) -> tuple[Sequence[Array], None]:
